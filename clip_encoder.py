@@ -1,0 +1,326 @@
+"""CLIP: turns a prompt into vectors that a picture-drawing network can use.
+
+    "a starry night" --tokenizer--> ids (B, T) --CLIPTextEncoder--> context (B, T, D), one vector for each token
+
+Why CLIP? A text encoder trained on text alone knows which words go together. CLIP (Radford et al. 2021) was trained on
+pictures with their captions: a text tower and a vision tower each map into one shared space, and of all captions in a
+batch a picture's own must land nearest to it. Its words therefore already mean something to look at, and Stable Diffusion
+keeps the text tower, frozen, and throws the vision tower away.
+
+Why all T hidden states and not the one pooled vector that CLIP compares? The pooled vector is a summary, fit to pick a
+picture out of a crowd. To draw it, each place in the picture needs its own words: the sky attends to "starry", the ground
+to "dunes". The T vectors keep the words apart. Attention is causal, so that vector i has read words 0..i.
+
+Papers: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; Sennrich et al. 2016
+(byte-pair encoding). Parameter names are those of transformers' CLIPModel; published weights load as they are.
+
+Letters: B batch; T tokens (77 as published); D width (768); V vocabulary (49408); P shared space; nh heads, hs head size.
+Read next: ddpm.py.
+"""
+import inspect
+import json
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizer: text to integers. transformers has it; this is how one is trained.
+
+def train_tokenizer(captions, vocab_size=1024, max_length=32):
+    """Learn a byte-pair encoding from captions (list of str) -> transformers' CLIPTokenizer, laid out as OpenAI's is.
+
+    Byte-pair encoding starts from single bytes and again and again gives the most frequent pair of neighbours a symbol of
+    its own, until the common words are one symbol each. Whatever is not a common word still has its bytes: no word is
+    ever unknown. Ids: 256 bytes, 256 bytes that end a word, the learned pairs, start of text, end of text.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+    letters = sorted(ByteLevel.alphabet())
+    symbols = letters + [letter + "</w>" for letter in letters]
+    special = ["<|startoftext|>", "<|endoftext|>"]
+
+    def build(symbols, merges):
+        vocab = {symbol: i for i, symbol in enumerate(symbols + special)}
+        return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    learned = build(symbols, []).train_new_from_iterator(captions, vocab_size, show_progress=False)
+    merges = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
+    # Training keeps only the bytes it has seen. Built anew around the merges, all 256 are there.
+    known = set(symbols)
+    return build(symbols + [a + b for a, b in merges if not (a + b in known or known.add(a + b))], merges)
+
+
+def tokenize(tokenizer, texts, max_length=None):
+    """texts (list of str) -> ids (B, T) int64: start, the words, end, then padding up to T; longer texts are cut."""
+    T = min(tokenizer.model_max_length, max_length or 77)
+    return tokenizer(texts, padding="max_length", truncation=True, max_length=T, return_tensors="pt").input_ids
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer that both towers share.
+
+def quick_gelu(x):
+    """x * sigmoid(1.702 x), close to gelu: OpenAI's CLIP, and so Stable Diffusion 1, was trained with it."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (B, T, D) -> (B, T, D). causal: no token sees those after it."""
+
+    def __init__(self, width, heads, causal):
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x):
+        B, T, D = x.shape
+
+        def split(y):                                              # (B, T, D) -> (B, nh, T, hs)
+            return y.view(B, T, self.heads, D // self.heads).transpose(1, 2)
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))   # (B, nh, T, T)
+        if self.causal:
+            # The future gets probability exp(-inf) = 0. Padding comes last, so this alone hides it from the words, and
+            # the published models have no other mask.
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        y = scores.softmax(dim=-1) @ v                             # (B, nh, T, hs)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+
+class MLP(nn.Module):
+    """Two layers on each token alone: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width, inner, activation):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1 = nn.Linear(width, inner)
+        self.fc2 = nn.Linear(inner, width)
+
+    def forward(self, x):
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + attention, x + MLP, each after a layer norm."""
+
+    def __init__(self, width, inner, heads, activation, causal, eps):
+        super().__init__()
+        self.self_attn = SelfAttention(width, heads, causal)
+        self.layer_norm1 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, inner, activation)
+        self.layer_norm2 = nn.LayerNorm(width, eps=eps)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Blocks(nn.Module):
+    """The stack of blocks, under the name that the published weights give it: `encoder.layers`."""
+
+    def __init__(self, width, inner, layers, heads, activation, causal, eps):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width, inner, heads, activation, causal, eps) for _ in range(layers))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The text tower.
+
+class TextEmbeddings(nn.Module):
+    """ids (B, T) -> (B, T, D): what the token is, plus where it stands."""
+
+    def __init__(self, vocab_size, width, max_length):
+        super().__init__()
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.position_embedding = nn.Embedding(max_length, width)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)     # as CLIP: small, so that the sum with the place stays
+        nn.init.normal_(self.position_embedding.weight, std=0.01)  # small beside what the blocks add
+
+    def forward(self, ids):
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]
+
+
+class TextTransformer(nn.Module):
+    """ids (B, T) -> (B, T, D), after the final layer norm: what Stable Diffusion's cross-attention reads."""
+
+    def __init__(self, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+                 max_position_embeddings, hidden_act, layer_norm_eps):
+        super().__init__()
+        self.embeddings = TextEmbeddings(vocab_size, hidden_size, max_position_embeddings)
+        self.encoder = Blocks(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act,
+                              causal=True, eps=layer_norm_eps)
+        self.final_layer_norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(self, ids):
+        assert ids.size(1) <= self.embeddings.position_embedding.num_embeddings, f"{ids.size(1)} tokens are too many"
+        return self.final_layer_norm(self.encoder(self.embeddings(ids)))
+
+
+def known(config, model, model_type, defaults):
+    """Keep of a transformers config (dict) what `model` takes. ValueError names a key that asks for something else."""
+    if config.get("model_type", model_type) != model_type:
+        raise ValueError(f"config.json: model_type = {config['model_type']!r} is not {model_type!r}")
+    config = {**defaults, **config}                                # transformers' defaults, where a file leaves them out
+    if config["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act = {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
+    return {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
+
+
+class CLIPTextEncoder(nn.Module):
+    """The text tower alone. `CLIPTextEncoder()` is Stable Diffusion 1's (CLIP ViT-L/14); names as in transformers.
+
+    forward: ids (B, T) int64 -> (B, T, D). hidden_act: "quick_gelu" (Stable Diffusion 1) or "gelu" (2).
+    """
+
+    def __init__(self, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                 num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
+                 bos_token_id=49406, eos_token_id=49407, pad_token_id=49407):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.text_model = TextTransformer(vocab_size, hidden_size, intermediate_size, num_hidden_layers,
+                                          num_attention_heads, max_position_embeddings, hidden_act, layer_norm_eps)
+
+    @classmethod
+    def from_config(cls, config):
+        """From a published text_encoder/config.json (dict). ValueError names a key that asks for something else."""
+        return cls(**known(config, cls, "clip_text_model", dict(
+            hidden_size=512, intermediate_size=2048, num_attention_heads=8, hidden_act="quick_gelu")))
+
+    def to_config(self):
+        """The dict that belongs in text_encoder/config.json, in transformers' words."""
+        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **self.config}
+
+    def forward(self, ids):
+        return self.text_model(ids)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vision tower, and the training that ties it to the text tower.
+
+class VisionEmbeddings(nn.Module):
+    """x (B, 3, S, S) -> (B, 1 + (S/p)^2, D): patches of p x p pixels as words, after one word for the whole picture."""
+
+    def __init__(self, width, image_size, patch_size):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, width)
+        nn.init.normal_(self.position_embedding.weight, std=0.02)
+
+    def forward(self, x):
+        patches = self.patch_embedding(x).flatten(2).transpose(1, 2)                # (B, (S/p)^2, D)
+        whole = self.class_embedding.expand(len(x), 1, -1)
+        return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    """x (B, 3, S, S) -> (B, D), the state of the word that stands for the whole picture (Dosovitskiy et al. 2020)."""
+
+    def __init__(self, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                 image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5):
+        super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self.embeddings = VisionEmbeddings(hidden_size, image_size, patch_size)
+        self.pre_layrnorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)           # misspelt so in the published names
+        self.encoder = Blocks(hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, hidden_act,
+                              causal=False, eps=layer_norm_eps)
+        self.post_layernorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+
+    def forward(self, x):
+        return self.post_layernorm(self.encoder(self.pre_layrnorm(self.embeddings(x)))[:, 0])
+
+
+class CLIP(nn.Module):
+    """Both towers, their projections into the shared space, and the learned temperature; names as transformers' CLIPModel.
+
+    text_config, vision_config: dicts as in a published config.json; what they leave out has transformers' defaults.
+    """
+
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of CLIP's training pictures
+
+    def __init__(self, text_config, vision_config, projection_dim=512, logit_scale_init_value=math.log(1 / 0.07)):
+        super().__init__()
+        text = CLIPTextEncoder.from_config(text_config)
+        self.text_model = text.text_model
+        self.vision_model = VisionTransformer(**known(vision_config, VisionTransformer, "clip_vision_model",
+                                                      dict(hidden_act="quick_gelu")))
+        self.text_projection = nn.Linear(text.config["hidden_size"], projection_dim, bias=False)
+        self.visual_projection = nn.Linear(self.vision_model.config["hidden_size"], projection_dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(float(logit_scale_init_value)))
+        self.config = dict(text_config=text.to_config(), projection_dim=projection_dim,
+                           vision_config={"model_type": "clip_vision_model", **self.vision_model.config})
+
+    @classmethod
+    def from_config(cls, config):
+        """From a published CLIP's config.json (dict). ValueError names a key that asks for something else."""
+        return cls(config["text_config"], config["vision_config"], config.get("projection_dim", 512))
+
+    def to_config(self):
+        """The dict that belongs in config.json, in transformers' words."""
+        return {"architectures": ["CLIPModel"], "model_type": "clip", **self.config}
+
+    def text_encoder(self):
+        """The text tower alone, sharing its weights."""
+        text = CLIPTextEncoder.from_config(self.config["text_config"])
+        text.text_model = self.text_model
+        return text
+
+    def encode_text(self, ids):
+        """ids (B, T) -> unit vectors (B, P). End of text is the largest id: the first one has read the whole caption."""
+        states = self.text_model(ids)                                               # (B, T, D)
+        pooled = states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+        return F.normalize(self.text_projection(pooled), dim=-1)
+
+    def encode_image(self, x):
+        """x (B, 3, H, W) in [-1, 1], any square size -> unit vectors (B, P)."""
+        size = self.vision_model.config["image_size"]
+        if x.shape[2:] != (size, size):
+            x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (self.MEAN, self.STD))
+        return F.normalize(self.visual_projection(self.vision_model((x / 2 + 0.5 - mean) / std)), dim=-1)
+
+
+# What train.py builds, see its --preset: the text tower, the vision tower, the tokenizer, the width P of the shared space.
+def tower(width, layers, heads):
+    """Sizes of a transformer, its MLP four times as wide as its states."""
+    return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
+
+
+CLIP_SIZES = {"tiny": (tower(128, 3, 4), tower(128, 3, 4) | {"patches": 8}, dict(vocab_size=1024, max_length=32), 64),
+              "base": (tower(512, 6, 8), tower(512, 6, 8) | {"patches": 16}, dict(vocab_size=8192, max_length=77), 256),
+              "sd15": (tower(768, 12, 12), tower(1024, 24, 16) | {"patches": 16}, dict(vocab_size=49408, max_length=77), 768)}
+
+
+def contrastive_loss(clip, x, ids):
+    """Symmetric InfoNCE (Radford et al. 2021, Figure 3) of pictures x (B, 3, H, W) and captions ids (B, T).
+
+    -> (loss, {"accuracy": how often a picture's own caption wins, "temperature": ...}).
+
+    Every picture is asked which of the B captions is its own, every caption which of the B pictures, by cosine over a
+    temperature: two classifications with the right answers on the diagonal. To win, the text tower must say everything
+    that tells these pictures apart. Identical captions are all right answers and must not count as wrong ones.
+    """
+    scale = clip.logit_scale.clamp(max=math.log(100)).exp()                         # the paper's limit, section 2.5
+    logits = scale * clip.encode_image(x) @ clip.encode_text(ids).T                 # (B, B): picture i, caption j
+    same = (ids[:, None] == ids[None]).all(dim=-1) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
+    logits = logits.float().masked_fill(same, float("-inf"))
+    target = torch.arange(len(ids), device=ids.device)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean(), "temperature": 1 / scale.detach()}
+
+
+def own_caption_wins(clip, x, ids):
+    """How often each picture x (B, 3, H, W) finds its own caption ids (B, T) the best of all B: from 0 to 1."""
+    best = (clip.encode_image(x) @ clip.encode_text(ids).T).argmax(dim=1)
+    return (best == torch.arange(len(ids), device=ids.device)).float().mean().item()

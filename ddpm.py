@@ -1,0 +1,265 @@
+"""Diffusion: how noise is added, why predicting it is enough to generate, and three ways to walk back.
+
+    symbol                  name here        what it is                                                      paper
+    beta_t                  beta             variance of the noise added at step t                           DDPM 2
+    alpha_t                 alpha            1 - beta_t                                                      DDPM 2
+    abar_t                  alpha_bar        alpha_1 * ... * alpha_t: how much signal power is left          DDPM 2
+    q(x_t | x_{t-1})        -                N(sqrt(alpha_t) x_{t-1}, beta_t I)                              DDPM Eq. 2
+    q(x_t | x_0)            q_sample         N(sqrt(abar_t) x_0, (1 - abar_t) I)                             DDPM Eq. 4
+    q(x_{t-1} | x_t, x_0)   posterior        N(mu~_t, beta~_t I)                                             DDPM Eq. 6, 7
+    SNR(t)                  snr              abar_t / (1 - abar_t)
+
+The forward process drowns a picture in noise, a little at every step, and needs no learning. Its closed form (Eq. 4) says
+that all those small steps up to t are one large one, so training can jump to any t. Going backwards needs q(x_{t-1} |
+x_t), which nobody knows; but if x_0 were known as well, it would be a Gaussian (Eq. 6). So a network guesses x_0, or what
+is the same by Eq. 4, the noise eps, and we step with the guess in place of the truth.
+
+Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
+posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a weighted
+squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2 (Eq. 12). Setting
+all weights to 1 gives the simple loss (Eq. 14), which spends more on large t, where the picture is decided, and draws
+better.
+
+Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
+(classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021 (cosine).
+Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" there is no noise, alpha_bar = 1.
+Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
+Read next: unet.py.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+class NoiseSchedule:
+    """The constants of the forward process, and what follows from them alone. No arguments: Stable Diffusion 1.5's.
+
+    num_train_timesteps       T
+    beta_start, beta_end      first and last beta (unused by "cosine")
+    beta_schedule             "linear", "scaled_linear" (linear in sqrt(beta)) or "cosine"
+    prediction_type           what the network says: "epsilon" (the noise) or "v_prediction" (see `velocity`)
+    steps_offset, set_alpha_to_one, timestep_spacing, clip_sample     how published models want to be sampled
+    """
+
+    def __init__(self, num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                 prediction_type="epsilon", steps_offset=1, set_alpha_to_one=False, timestep_spacing=None,
+                 clip_sample=False):
+        self.config = {k: v for k, v in locals().items() if k != "self"}
+        T = self.T = num_train_timesteps
+        if beta_schedule == "linear":                              # DDPM, section 4
+            beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
+        elif beta_schedule == "scaled_linear":                     # Stable Diffusion
+            beta = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64) ** 2
+        elif beta_schedule in ("cosine", "squaredcos_cap_v2"):     # Nichol & Dhariwal, Eq. 17; betas clipped at 0.999
+            f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+            self.config["beta_schedule"] = "squaredcos_cap_v2"     # its name in published files
+        else:
+            raise ValueError(f"beta_schedule = {beta_schedule!r} is not linear, scaled_linear or cosine")
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type = {prediction_type!r} is not epsilon or v_prediction")
+        if timestep_spacing not in (None, "leading", "trailing", "linspace"):
+            raise ValueError(f"timestep_spacing = {timestep_spacing!r} is not leading, trailing or linspace")
+        self.prediction_type, self.clip_sample = prediction_type, clip_sample
+        self.steps_offset, self.set_alpha_to_one = steps_offset, set_alpha_to_one
+        self.timestep_spacing = timestep_spacing
+        # Products of a thousand factors near 1: multiplied in float64, kept in float32, always on the CPU.
+        self.beta, self.alpha = beta.float(), (1 - beta).float()
+        self.alpha_bar = torch.cumprod(1 - beta, 0).float()        # (T,)
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)
+
+    @classmethod
+    def from_config(cls, config):
+        """From a published scheduler_config.json (dict), with diffusers' defaults for what it leaves out.
+
+        Raises ValueError naming a key that asks for something else.
+        """
+        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
+            if config.get(key):
+                raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
+        known = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                     prediction_type="epsilon", steps_offset=0, set_alpha_to_one=True, timestep_spacing=None,
+                     clip_sample=True)
+        return cls(**{key: config.get(key, default) for key, default in known.items()})
+
+    def to_config(self):
+        """The dict that belongs in scheduler/scheduler_config.json, in diffusers' words."""
+        config = {k: v for k, v in self.config.items() if v is not None}
+        return {"_class_name": "DDIMScheduler", **config, "trained_betas": None}
+
+    def at(self, table, t, x):
+        """table[t] shaped to multiply x: t an int -> a number; t (B,) -> (B, 1, ..., 1) on x's device."""
+        if isinstance(t, int):
+            return table[t].item()
+        return table.to(x.device)[t].view(-1, *[1] * (x.dim() - 1))
+
+    def q_sample(self, x0, t, noise):
+        """x_t ~ q(x_t | x_0): t noising steps in one (DDPM, Eq. 4). x0, noise (B, ...); t an int or (B,)."""
+        abar = self.at(self.alpha_bar, t, x0)
+        return abar ** 0.5 * x0 + (1 - abar) ** 0.5 * noise
+
+    def posterior(self, x0, x_t, t, t_prev):
+        """Mean and variance of q(x_prev | x_t, x_0), Bayes' rule for two Gaussians (DDPM, Eq. 6 and 7).
+
+        t_prev < t is where to go, negative for the very end. With t_prev = t - 1 this is the paper's; a longer stride is
+        the same formula, with alpha = abar_t / abar_prev for all the steps in between.
+        """
+        abar, abar_prev = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
+        alpha = abar / abar_prev
+        beta = 1 - alpha
+        mean = abar_prev ** 0.5 * beta / (1 - abar) * x0 + alpha ** 0.5 * (1 - abar_prev) / (1 - abar) * x_t   # Eq. 7
+        return mean, (1 - abar_prev) / (1 - abar) * beta                                                       # Eq. 7
+
+    def velocity(self, x0, t, noise):
+        """v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho, section 4), what a v-prediction network says.
+
+        Where noise is nearly everything, eps says little about the picture, and v turns into -x_0; where noise is nearly
+        nothing v turns into eps. It is a question worth asking at every t.
+        """
+        abar = self.at(self.alpha_bar, t, x0)
+        return abar ** 0.5 * noise - (1 - abar) ** 0.5 * x0
+
+    def x0_and_eps(self, output, x_t, t):
+        """Split x_t into picture and noise, as the network's output (eps or v) says: (x0, eps), each like x_t."""
+        abar = self.at(self.alpha_bar, t, x_t)
+        if self.prediction_type == "v_prediction":                 # Eq. 4 and v are a rotation: rotate back
+            return (abar ** 0.5 * x_t - (1 - abar) ** 0.5 * output,
+                    abar ** 0.5 * output + (1 - abar) ** 0.5 * x_t)
+        x0 = (x_t - (1 - abar) ** 0.5 * output) / abar ** 0.5      # Eq. 4 solved for x_0
+        return x0, output
+
+    def timesteps(self, steps, sampler="ddim"):
+        """Which of the T times to visit, as published samplers space them: [(t, t_prev), ...] with falling ints t.
+
+        leading    0, k, 2k, ... + steps_offset, backwards: never starts at pure noise
+        trailing   T - 1, T - 1 - k, ...
+        linspace   evenly from T - 1 to 0
+        A file that names no spacing means leading, and for DPM-Solver++ linspace. t_prev < 0 is the noiseless end.
+        Raises ValueError unless 1 <= steps <= T.
+        """
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"steps = {steps} is not between 1 and {self.T}")
+        spacing = self.timestep_spacing or ("linspace" if sampler == "dpmpp" else "leading")
+        points = steps + 1 if sampler == "dpmpp" else steps        # DPM-Solver++ counts the noiseless end as a point
+        if spacing == "linspace":
+            times = np.linspace(0, self.T - 1, points).round()[-steps:]
+        elif spacing == "leading":
+            times = (np.arange(points) * max(self.T // points, 1))[-steps:] + self.steps_offset
+        else:
+            times = (self.T - np.arange(steps) * (self.T / steps)).round() - 1
+        times = sorted({int(t) for t in times.clip(0, self.T - 1)}, reverse=True)
+        if sampler == "ddim":                                      # published DDIM steps by a fixed stride, which can
+            return [(t, t - self.T // steps) for t in times]       # miss the next entry of the list by one or two
+        return list(zip(times, times[1:] + [-1]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
+    """Algorithm 1 of DDPM for given t (B,) and noise like x0 (B, ...) -> one loss per example (B,).
+
+    model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None is the plain Eq. 14.
+    In eps terms Eq. 14 asks for 10,000 times more accuracy in x_0 at small t than at large t, and the steps fight over
+    the network. Min-SNR counts an error in x_0 with weight min(SNR, gamma) instead (their Eq. 8).
+    """
+    x_t = schedule.q_sample(x0, t, noise)                                                          # Eq. 4
+    v_prediction = schedule.prediction_type == "v_prediction"
+    target = schedule.velocity(x0, t, noise) if v_prediction else noise
+    loss = F.mse_loss(model(x_t, t).float(), target.float(), reduction="none").flatten(1).mean(1)  # Eq. 14
+    if min_snr:
+        snr = schedule.snr.to(t.device)[t]
+        # |error in x0|^2 * min(SNR, gamma), with |error in eps|^2 = SNR |.. x0|^2 and |error in v|^2 = (SNR + 1) |.. x0|^2
+        loss = loss * snr.clamp(max=min_snr) / (snr + 1 if v_prediction else snr)
+    return loss
+
+
+def loss_by_time(losses, t, T, parts=4):
+    """Mean of losses (B,) in each range of times t (B,) that has any: {"t0-249": ..., ...}. Where is the model weak?"""
+    which = t * parts // T
+    return {f"t{k * T // parts}-{(k + 1) * T // parts - 1}": losses.detach()[which == k].mean()
+            for k in range(parts) if (which == k).any()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guidance
+
+def guide(cond, uncond, w):
+    """Classifier-free guidance, w * (cond - uncond) + uncond (Ho & Salimans 2022, Eq. 6, their weight being w - 1).
+
+    w = 0 ignores the prompt, w = 1 is the plain conditional model, w > 1 exaggerates what the prompt changes. It stands
+    in for the gradient of a classifier p(prompt | x_t), which guided earlier models and had to be trained on noisy
+    pictures: by Bayes' rule that gradient is, up to scale, cond - uncond. Hence the captions dropped in training.
+    """
+    return w * (cond - uncond) + uncond
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling. Each sampler takes model(x_t, t) -> eps or v with an int t, a start x (B, ...) at the noise level of the first
+# t, and times [(t, t_prev), ...] from `timesteps`. It yields (x, x0) after every step: where it is now, and the picture
+# it is heading for. The last x is the result. All arithmetic is float32, whatever the model computes in.
+
+def predict(schedule, model, x, t):
+    """Ask the model at (x, t) -> (x0, eps), each like x."""
+    x0, eps = schedule.x0_and_eps(model(x, t).float(), x, t)
+    return (x0.clamp(-1, 1) if schedule.clip_sample else x0), eps  # clipping is for models of pixels, not of latents
+
+
+def ddpm(schedule, model, x, times, randn=torch.randn_like):
+    """Ancestral sampling (DDPM, Algorithm 2): step to a draw from the posterior, as if the guessed x_0 were true."""
+    for t, t_prev in times:
+        x0, _ = predict(schedule, model, x, t)
+        mean, variance = schedule.posterior(x0, x, t, t_prev)
+        # The noise stands for what x_t cannot know about x_prev. At the end x_0 is all there is left to know: the
+        # posterior's variance is 0, and noise would stay in the picture. The last step adds none.
+        x = mean + variance ** 0.5 * randn(x) if t_prev >= 0 else mean
+        yield x, x0
+
+
+def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
+    """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
+
+    Training (Eq. 14) never saw q(x_t | x_{t-1}), only q(x_t | x_0), so any process with those marginals may walk back.
+    This one needs no fresh noise (eta = 0): long strides work, and the start alone decides the picture. eta = 1 is DDPM.
+    """
+    end = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar[0].item()
+    for t, t_prev in times:
+        x0, eps = predict(schedule, model, x, t)
+        abar = schedule.alpha_bar[t].item()
+        abar_prev = schedule.alpha_bar[t_prev].item() if t_prev >= 0 else end
+        sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))             # Eq. 16
+        x = abar_prev ** 0.5 * x0 + (1 - abar_prev - sigma ** 2) ** 0.5 * eps                      # Eq. 12
+        if sigma > 0:
+            x = x + sigma * randn(x)
+        yield x, x0
+
+
+def dpmpp(schedule, model, x, times, randn=None):
+    """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM's step, with a guess at where x_0 is moving.
+
+    DDIM is the first-order solution of an ordinary differential equation in lambda = log(alpha / sigma), where alpha =
+    sqrt(abar) and sigma = sqrt(1 - abar): it treats the predicted x_0 as constant over the step. Extending the line
+    through the last two predictions to the step's middle makes it second order, at no extra call of the model.
+    Deterministic: randn is unused.
+    """
+    def level(t):                                                  # alpha, sigma, lambda
+        alpha, sigma = schedule.alpha_bar[t].item() ** 0.5, (1 - schedule.alpha_bar[t].item()) ** 0.5
+        return alpha, sigma, math.log(alpha / sigma)
+
+    last_x0 = last_h = None
+    for t, t_prev in times:
+        x0, _ = schedule.x0_and_eps(model(x, t).float(), x, t)
+        if t_prev < 0:                                             # lambda is infinite there, and the step ends at x_0
+            yield x0, x0
+            return
+        (_, sigma, lam), (alpha_prev, sigma_prev, lam_prev) = level(t), level(t_prev)
+        h = lam_prev - lam
+        D = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)                      # line 8: to mid-step
+        x = sigma_prev / sigma * x - alpha_prev * math.expm1(-h) * D                               # line 9
+        last_x0, last_h = x0, h
+        yield x, x0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}

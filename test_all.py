@@ -1,0 +1,887 @@
+"""Every test. `python test_all.py` runs them as pytest does; it needs pytest and diffusers beside requirements.txt.
+
+Tests state mathematics, or compare with code that others wrote (diffusers, transformers); none repeats the formula that
+it checks. Sections: names and shapes; equal outputs; the VAE's probabilities; diffusion; samplers; whole pictures;
+CLIP and tokenizer; learning; data; loading and saving; the command lines.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import ddpm
+import sample
+import train
+from clip_encoder import CLIP, CLIPTextEncoder, contrastive_loss, own_caption_wins, tokenize, train_tokenizer
+from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
+from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
+from train import ImageFolder, Landscapes
+from unet import UNet
+from vae import VAE, DiagonalGaussian, psnr, vae_loss
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+torch.manual_seed(0)
+
+
+def relative(a, b):
+    """The largest difference, as a part of the largest value."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def shake(module, seed=0):
+    """Random weights everywhere, also where a fresh model starts at zero: else parity would compare zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            spread = 0.5 * p[0].numel() ** -0.5 if p.dim() > 1 else 0.1
+            p.copy_(torch.randn(p.shape, generator=generator) * spread + (1.0 if "norm" in name and p.dim() == 1
+                                                                       and name.endswith("weight") else 0.0))
+    return module.eval()
+
+
+def shapes(module):
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names and shapes of the published models, on the meta device: no memory, no weights.
+
+UNET_15 = dict(act_fn="silu", attention_head_dim=8, block_out_channels=[320, 640, 1280, 1280], center_input_sample=False,
+               cross_attention_dim=768, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+               downsample_padding=1, flip_sin_to_cos=True, freq_shift=0, in_channels=4, layers_per_block=2,
+               mid_block_scale_factor=1, norm_eps=1e-05, norm_num_groups=32, out_channels=4, sample_size=64,
+               up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, _class_name="UNet2DConditionModel",
+               _diffusers_version="0.6.0")
+UNET_21 = dict(UNET_15, attention_head_dim=[5, 10, 20, 20], cross_attention_dim=1024, dual_cross_attention=False,
+               num_class_embeds=None, only_cross_attention=False, sample_size=96, upcast_attention=True,
+               use_linear_projection=True)
+VAE_15 = dict(act_fn="silu", block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
+              in_channels=3, latent_channels=4, layers_per_block=2, norm_num_groups=32, out_channels=3, sample_size=512,
+              up_block_types=["UpDecoderBlock2D"] * 4, _class_name="AutoencoderKL", _diffusers_version="0.6.0")
+TEXT_15 = dict(architectures=["CLIPTextModel"], attention_dropout=0.0, bos_token_id=0, dropout=0.0, eos_token_id=2,
+               hidden_act="quick_gelu", hidden_size=768, initializer_factor=1.0, initializer_range=0.02,
+               intermediate_size=3072, layer_norm_eps=1e-05, max_position_embeddings=77, model_type="clip_text_model",
+               num_attention_heads=12, num_hidden_layers=12, pad_token_id=1, projection_dim=768, torch_dtype="float32",
+               transformers_version="4.22.0.dev0", vocab_size=49408)
+TEXT_21 = dict(TEXT_15, hidden_act="gelu", hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+               num_hidden_layers=23, projection_dim=512)
+
+
+@pytest.mark.parametrize("config", [UNET_15, UNET_21, dict(UNET_15, in_channels=9)], ids=["1.5", "2.1", "inpainting"])
+def test_unet_has_the_published_names_and_shapes(config):
+    with torch.device("meta"):
+        ours, theirs = UNet.from_config(config), diffusers.UNet2DConditionModel.from_config(config)
+        assert shapes(ours) == shapes(theirs) and len(shapes(ours)) == 686
+        assert config is not UNET_15 or shapes(UNet()) == shapes(theirs)
+
+
+def test_vae_has_the_published_names_and_shapes():
+    with torch.device("meta"):
+        theirs = shapes(diffusers.AutoencoderKL.from_config(VAE_15))
+        assert shapes(VAE.from_config(VAE_15)) == shapes(VAE()) == theirs and len(theirs) == 248
+    assert VAE.from_config(dict(VAE_15, block_out_channels=[32])).scaling_factor == 0.18215   # which the file leaves out
+
+
+@pytest.mark.parametrize("config", [TEXT_15, TEXT_21], ids=["1.5", "2.1"])
+def test_text_encoder_has_the_published_names_and_shapes(config):
+    with torch.device("meta"):
+        ours = CLIPTextEncoder.from_config(config)
+        theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+    # transformers from 5.6 on leaves the prefix out; every published file has it.
+    theirs = {name if name.startswith("text_model.") else "text_model." + name: s for name, s in shapes(theirs).items()}
+    assert shapes(ours) == theirs
+    assert config is not TEXT_15 or len(theirs) == 196
+
+
+@pytest.mark.parametrize("model, config, key", [
+    (UNet, dict(UNET_15, act_fn="mish"), "act_fn"), (UNet, dict(UNET_15, class_embed_type="timestep"), "class_embed_type"),
+    (UNet, dict(UNET_15, transformer_layers_per_block=[1, 2, 10]), "transformer_layers_per_block"),
+    (UNet, dict(UNET_15, down_block_types=["ResnetDownsampleBlock2D"] * 4), "down_block_types"),
+    (UNet, dict(UNET_15, attention_head_dim=[5, 10]), "attention_head_dim"),
+    (UNet, dict(UNET_15, addition_embed_type="text_image"), "addition_embed_type"),
+    (VAE, dict(VAE_15, act_fn="relu"), "act_fn"), (VAE, dict(VAE_15, latents_mean=[0.0] * 4), "latents_mean"),
+    (VAE, dict(VAE_15, mid_block_add_attention=False), "mid_block_add_attention"),
+    (CLIPTextEncoder, dict(TEXT_15, hidden_act="relu"), "hidden_act"),
+    (CLIPTextEncoder, dict(TEXT_15, model_type="t5"), "model_type"),
+    (NoiseSchedule, dict(prediction_type="sample"), "prediction_type"), (NoiseSchedule, dict(thresholding=True), "thresholding"),
+    (NoiseSchedule, dict(beta_schedule="sigmoid"), "beta_schedule"), (NoiseSchedule, dict(timestep_spacing="log"), "timestep_spacing")])
+def test_a_config_that_asks_for_something_else_is_refused_by_key(model, config, key):
+    with torch.device("meta"), pytest.raises(ValueError, match=key):
+        model.from_config(config)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal outputs from equal weights, on small models of odd shapes.
+
+SMALL_UNET = dict(block_out_channels=[32, 48, 64], down_block_types=["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"],
+                  up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2, cross_attention_dim=24, norm_num_groups=8,
+                  layers_per_block=1, attention_head_dim=4, sample_size=16)
+SMALL_VAE = dict(block_out_channels=[16, 24, 32], down_block_types=["DownEncoderBlock2D"] * 3, layers_per_block=2,
+                 up_block_types=["UpDecoderBlock2D"] * 3, norm_num_groups=8, sample_size=64, scaling_factor=0.9)
+SMALL_TEXT = dict(TEXT_15, hidden_size=24, intermediate_size=40, num_attention_heads=3, num_hidden_layers=2, vocab_size=600,
+                  max_position_embeddings=20, eos_token_id=599, bos_token_id=598, pad_token_id=599)
+
+
+@pytest.mark.parametrize("extra, side", [
+    (dict(), (16, 16)), (dict(attention_head_dim=[2, 3, 4], use_linear_projection=True, upcast_attention=True), (8, 20)),
+    (dict(in_channels=9, layers_per_block=2), (12, 8)), (dict(), (13, 22)),
+    (dict(addition_embed_type="text", addition_embed_type_num_heads=4), (8, 8))],
+    ids=["heads-conv", "heads-per-level-linear", "nine-channels", "odd-size", "text-added-to-time"])
+def test_unet_equals_diffusers(extra, side):
+    config = dict(SMALL_UNET, **extra)
+    theirs = shake(diffusers.UNet2DConditionModel(**config))
+    ours = UNet.from_config(dict(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    z, t, context = torch.randn(3, config.get("in_channels", 4), *side), torch.tensor([0, 500, 999]), torch.randn(3, 7, 24)
+    with torch.no_grad():
+        expected = theirs(z, t, context).sample
+        assert relative(ours(z, t, context), expected) < 1e-5
+        assert relative(ours(z, t, context.roll(1, 0)), expected) > 1e-2          # the text does matter
+    back = diffusers.UNet2DConditionModel.from_config(ours.to_config())
+    back.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("extra", [dict(), dict(use_quant_conv=False, use_post_quant_conv=False, layers_per_block=1)])
+def test_vae_equals_diffusers(extra):
+    theirs = shake(diffusers.AutoencoderKL(**dict(SMALL_VAE, **extra)))
+    ours = VAE.from_config(dict(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(2, 3, 24, 40) * 2 - 1
+    with torch.no_grad():
+        p, q = theirs.encode(x).latent_dist, ours.encode(x)
+        assert relative(q.mean, p.mean) < 1e-5 and relative(q.logvar, p.logvar) < 1e-5
+        assert relative(q.kl(), p.kl()) < 1e-5
+        assert relative(ours.decode(q.mean), theirs.decode(p.mean).sample) < 1e-5
+    back = diffusers.AutoencoderKL.from_config(ours.to_config())
+    back.load_state_dict(ours.state_dict())
+    assert back.config.scaling_factor == 0.9
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_text_encoder_equals_transformers(activation):
+    config = transformers.CLIPTextConfig(**dict(SMALL_TEXT, hidden_act=activation))
+    theirs = shake(transformers.CLIPTextModel(config))
+    ours = CLIPTextEncoder.from_config(config.to_dict()).eval()
+    ours.load_state_dict(sample.modern("text_encoder", theirs.state_dict()))
+    ids = torch.randint(0, 598, (3, 20))
+    with torch.no_grad():
+        assert relative(ours(ids), theirs(ids).last_hidden_state) < 1e-5
+        # Causal: what comes later changes nothing before it.
+        changed = torch.cat([ids[:, :11], ids[:, 11:].flip(1)], dim=1)
+        assert torch.equal(ours(ids)[:, :11], ours(changed)[:, :11])
+
+
+def test_clip_equals_transformers():
+    config = transformers.CLIPConfig(
+        text_config=SMALL_TEXT, projection_dim=12,
+        vision_config=dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=16,
+                           patch_size=4))
+    theirs = shake(transformers.CLIPModel(config))
+    ours = CLIP.from_config(config.to_dict()).eval()
+    ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.endswith("position_ids")})
+    x, ids = torch.rand(3, 3, 16, 16) * 2 - 1, torch.randint(0, 598, (3, 20))
+    ids[0, 6:], ids[1, 19:], ids[2, 3:] = 599, 599, 599
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP.MEAN, CLIP.STD))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=((x + 1) / 2 - mean) / std).logits_per_image
+        assert relative(ours.logit_scale.exp() * ours.encode_image(x) @ ours.encode_text(ids).T, expected) < 1e-4
+        assert relative(ours.text_encoder()(ids), theirs.text_model(ids).last_hidden_state) < 1e-5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The VAE's probabilities.
+
+def test_kl_equals_monte_carlo():
+    q = DiagonalGaussian(torch.randn(1, 4, 2, 2) * 0.7)
+    z = torch.cat([q.sample(torch.Generator().manual_seed(k)) for k in range(20000)])
+    normal = torch.distributions.Normal
+    log_ratio = normal(q.mean, (q.logvar / 2).exp()).log_prob(z) - normal(0.0, 1.0).log_prob(z)
+    assert q.kl().item() == pytest.approx(log_ratio.sum(dim=(1, 2, 3)).mean().item(), rel=0.02)
+    assert DiagonalGaussian(torch.zeros(1, 4, 2, 2)).kl().item() == 0              # q is the prior
+
+
+def test_reparameterized_gradient_equals_finite_differences():
+    moments = (torch.randn(1, 4, 1, 1) * 0.5).requires_grad_()
+
+    def value(m):                                                  # some smooth function of a draw with fixed chance
+        return DiagonalGaussian(m).sample(torch.Generator().manual_seed(3)).sin().sum()
+    gradient, = torch.autograd.grad(value(moments), moments)
+    for k in range(4):
+        step = torch.zeros(1, 4, 1, 1)
+        step[0, k] = 1e-2
+        slope = (value(moments + step) - value(moments - step)).item() / 2e-2
+        assert gradient[0, k].item() == pytest.approx(slope, abs=2e-3)
+
+
+def test_negative_elbo_is_squared_error_plus_weighted_kl():
+    vae, x = shake(VAE.from_config(SMALL_VAE)), torch.rand(2, 3, 16, 16) * 2 - 1
+    losses = {w: vae_loss(vae, x, w, torch.Generator().manual_seed(0))[0].item() for w in (0.0, 0.5, 1.0)}
+    redrawn = vae.decode(vae.encode(x).sample(torch.Generator().manual_seed(0)))
+    assert losses[0.0] == pytest.approx(((redrawn - x) ** 2).mean().item(), rel=1e-5)
+    per_number = vae.encode(x).kl().sum().item() / vae.encode(x).mean.numel()
+    assert losses[1.0] - losses[0.5] == pytest.approx(0.5 * per_number, rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion.
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "cosine"])
+def test_many_small_steps_equal_the_closed_form(kind):
+    schedule = NoiseSchedule(beta_schedule=kind)
+    x, x0 = torch.full((40000,), 1.5), torch.full((40000,), 1.5)
+    checked = 0
+    for t in range(1000):                                          # q(x_t | x_{t-1}), Eq. 2
+        x = (1 - schedule.beta[t]).sqrt() * x + schedule.beta[t].sqrt() * torch.randn(40000)
+        if t in (0, 99, 499, 999):
+            direct = schedule.q_sample(x0, t, torch.randn(40000))
+            assert x.mean().item() == pytest.approx(direct.mean().item(), abs=0.03)
+            assert x.var().item() == pytest.approx(direct.var().item(), abs=0.03)
+            checked += 1
+    assert checked == 4 and schedule.alpha_bar[-1] < 0.01
+
+
+def test_posterior_equals_bayes_rule():
+    schedule, x0, x_t = NoiseSchedule(), 0.7, -0.4
+    grid = torch.linspace(-8, 8, 200001, dtype=torch.float64)
+
+    def normal(x, mean, var):
+        return torch.exp(-(x - mean) ** 2 / (2 * var)) / math.sqrt(2 * math.pi * var)
+    for t, t_prev in ((500, 499), (800, 760), (10, 3)):
+        abar, abar_prev = schedule.alpha_bar[t].double(), schedule.alpha_bar[t_prev].double()
+        alpha = abar / abar_prev                                   # q(x_t | x_prev) q(x_prev | x_0), normalized
+        density = normal(torch.tensor(x_t), alpha.sqrt() * grid, 1 - alpha) * normal(grid, abar_prev.sqrt() * x0, 1 - abar_prev)
+        density /= density.sum()
+        mean = (density * grid).sum().item()
+        variance = (density * (grid - mean) ** 2).sum().item()
+        ours = schedule.posterior(torch.tensor(x0), torch.tensor(x_t), t, t_prev)
+        assert float(ours[0]) == pytest.approx(mean, abs=1e-4) and float(ours[1]) == pytest.approx(variance, rel=1e-3)
+
+
+def test_velocity_and_noise_say_the_same():
+    x0, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    t = torch.tensor([0, 10, 400, 900, 999])
+    eps_schedule, v_schedule = NoiseSchedule(), NoiseSchedule(prediction_type="v_prediction")
+    x_t = eps_schedule.q_sample(x0, t, noise)
+    for schedule, output in ((eps_schedule, noise), (v_schedule, v_schedule.velocity(x0, t, noise))):
+        back, eps = schedule.x0_and_eps(output, x_t, t)
+        assert torch.allclose(back, x0, atol=2e-3) and torch.allclose(eps, noise, atol=1e-4)
+
+
+def test_min_snr_weighs_the_error_in_x0_alike_for_both_predictions():
+    """A model that is wrong by a known d in x_0 has loss min(SNR, gamma) * |d|^2, whatever it predicts."""
+    x0, noise, d = torch.randn(4, 2, 3, 3), torch.randn(4, 2, 3, 3), 0.3
+    t = torch.tensor([1, 300, 600, 950])
+    for kind in ("epsilon", "v_prediction"):
+        schedule = NoiseSchedule(prediction_type=kind)
+        abar = schedule.alpha_bar[t].view(-1, 1, 1, 1)
+        x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        wrong = (x_t - abar.sqrt() * (x0 + d)) / (1 - abar).sqrt()                 # the noise that goes with x0 + d
+        output = wrong if kind == "epsilon" else abar.sqrt() * wrong - (1 - abar).sqrt() * (x0 + d)
+        snr = (abar / (1 - abar)).flatten()
+        weighted = diffusion_loss(schedule, lambda x, t: output, x0, t, noise, min_snr=5)
+        assert torch.allclose(weighted, snr.clamp(max=5) * d ** 2, rtol=1e-2)
+        plain = diffusion_loss(schedule, lambda x, t: output, x0, t, noise)
+        assert torch.allclose(plain, (snr + (kind == "v_prediction")) * d ** 2, rtol=1e-2)
+
+
+def test_guidance_is_linear():
+    cond, uncond = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.equal(guide(cond, uncond, 0), uncond) and torch.allclose(guide(cond, uncond, 1), cond)
+    assert torch.allclose(guide(cond, uncond, 7.5) - uncond, 7.5 * (cond - uncond), atol=1e-5)
+
+
+SPACINGS = [None, "leading", "trailing", "linspace"]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "ddpm"])
+def test_schedule_and_times_equal_diffusers(sampler, spacing):
+    theirs = {"ddim": diffusers.DDIMScheduler, "dpmpp": diffusers.DPMSolverMultistepScheduler,
+              "ddpm": diffusers.DDPMScheduler}[sampler]
+    for beta in ("linear", "scaled_linear", "squaredcos_cap_v2"):
+        config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule=beta, steps_offset=1, clip_sample=False)
+        config |= {"timestep_spacing": spacing} if spacing else {}
+        ours, other = NoiseSchedule.from_config(config), theirs.from_config(config)
+        assert relative(ours.alpha_bar, other.alphas_cumprod) < 1e-4
+        for steps in (1, 7, 20, 25, 30, 50, 333):
+            other.set_timesteps(steps)
+            assert [t for t, _ in ours.timesteps(steps, sampler)] == other.timesteps.tolist(), (beta, steps)
+
+
+def test_a_thousand_steps_stay_within_the_schedule():
+    for spacing in SPACINGS:
+        for sampler in SAMPLERS:
+            times = NoiseSchedule(timestep_spacing=spacing).timesteps(1000, sampler)
+            assert all(0 <= t < 1000 for t, _ in times) and len(times) >= 999
+    for steps in (0, -1, 1001):
+        with pytest.raises(ValueError, match="steps"):
+            NoiseSchedule().timesteps(steps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samplers, driven by the perfect denoiser of data that has one in closed form.
+
+def gaussian_denoiser(schedule, mean, std):
+    """For x_0 ~ N(mean, std^2): x_t is Gaussian too, and E[eps | x_t] is linear in x_t."""
+    def model(x, t):
+        abar = schedule.alpha_bar[t].item()
+        eps = math.sqrt(1 - abar) * (x - math.sqrt(abar) * mean) / (abar * std ** 2 + 1 - abar)
+        x0 = (x - math.sqrt(1 - abar) * eps) / math.sqrt(abar)
+        return eps if schedule.prediction_type == "epsilon" else math.sqrt(abar) * eps - math.sqrt(1 - abar) * x0
+    return model
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddim", 200), ("dpmpp", 50)])
+def test_samplers_return_gaussian_data(sampler, steps, prediction):
+    schedule = NoiseSchedule(prediction_type=prediction, set_alpha_to_one=True, timestep_spacing="trailing")
+    x = torch.randn(20000, 1)
+    for x, _ in SAMPLERS[sampler](schedule, gaussian_denoiser(schedule, 0.8, 0.5), x, schedule.timesteps(steps, sampler)):
+        pass
+    assert x.mean().item() == pytest.approx(0.8, abs=0.02) and x.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddim", 200), ("dpmpp", 100)])
+def test_samplers_return_two_points(sampler, steps):
+    """x_0 is -1 or +1: E[x_0 | x_t] = tanh(sqrt(abar) x_t / (1 - abar)). A sampler must decide, half for each."""
+    schedule = NoiseSchedule(set_alpha_to_one=True, timestep_spacing="trailing")
+
+    def model(x, t):
+        abar = schedule.alpha_bar[t].item()
+        return (x - math.sqrt(abar) * torch.tanh(math.sqrt(abar) * x / (1 - abar))) / math.sqrt(1 - abar)
+    x = torch.randn(8000, 1)
+    for x, _ in SAMPLERS[sampler](schedule, model, x, schedule.timesteps(steps, sampler)):
+        pass
+    assert ((x.abs() - 1).abs() < 0.05).float().mean() > 0.99 and abs((x > 0).float().mean().item() - 0.5) < 0.03
+
+
+def test_ddim_with_eta_one_has_the_spread_of_ddpm():
+    schedule = NoiseSchedule(set_alpha_to_one=True)
+    times, model, ends = schedule.timesteps(20, "ddim"), gaussian_denoiser(schedule, 0.0, 1.0), []
+    for run in (lambda x: ddpm.ddim(schedule, model, x, times, eta=1.0), lambda x: ddpm.ddpm(schedule, model, x, times)):
+        for x, _ in run(torch.randn(40000, 1)):
+            pass
+        ends.append(x.std().item())
+    assert ends[0] == pytest.approx(ends[1], rel=0.02)
+    assert ends[0] < 0.99                                          # too few steps lose variance, and both as much
+
+
+def test_solvers_converge_at_their_order():
+    """Down to a fixed time, the exact solution for N(m, s^2) is known: DDIM's error halves with the steps, DPM++'s quarters."""
+    schedule, mean, std = NoiseSchedule(num_train_timesteps=200_000, beta_start=0.00085 / 200, beta_end=0.012 / 200), 0.8, 0.5
+    alpha_bar = torch.cumprod(1 - schedule.beta.double(), 0)
+    schedule.alpha_bar = alpha_bar                                 # float64: rounding must not hide the order
+    log_snr = 0.5 * torch.log(alpha_bar / (1 - alpha_bar))
+    first, last = 190_000, 2_000
+    x = torch.tensor([[1.3], [-0.4]], dtype=torch.float64)
+
+    def spread(t):
+        return math.sqrt(alpha_bar[t] * std ** 2 + 1 - alpha_bar[t])
+    exact = math.sqrt(alpha_bar[last]) * mean + (x - math.sqrt(alpha_bar[first]) * mean) * spread(last) / spread(first)
+    errors = {"ddim": [], "dpmpp": []}
+    model = gaussian_denoiser(schedule, mean, std)
+    for name in errors:
+        for steps in (20, 40, 80):
+            wanted = torch.linspace(log_snr[first], log_snr[last], steps + 1, dtype=torch.float64)
+            times = [(log_snr - w).abs().argmin().item() for w in wanted]
+            for end, _ in getattr(ddpm, name)(schedule, Double(model), x, list(zip(times, times[1:]))):
+                pass
+            errors[name].append((end - exact).abs().max().item())
+    for name, ratio in (("ddim", 2), ("dpmpp", 4)):
+        for coarse, fine in zip(errors[name], errors[name][1:]):
+            assert coarse / fine == pytest.approx(ratio, rel=0.25), errors
+
+
+class Double:
+    """A model whose answers survive the samplers' .float() in float64."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, x, t):
+        answer = self.model(x, t)
+        return type("Answer", (), {"float": lambda self: answer})()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole pictures: the same weights and the same start latents give diffusers' picture.
+
+def make_pipeline(**schedule):
+    """A small model with random weights and a trained tokenizer, without any training of its own."""
+    tokenizer = train_tokenizer(["a red house on a green hill", "a blue boat in the fog"] * 5, vocab_size=560, max_length=20)
+    text = dict(SMALL_TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return Pipeline(shake(UNet.from_config(SMALL_UNET), 1), shake(VAE.from_config(SMALL_VAE), 2),
+                    shake(CLIPTextEncoder.from_config(text), 3), tokenizer, NoiseSchedule(**schedule))
+
+
+def decibel(a, b):
+    """Peak signal-to-noise ratio between two lists of PIL pictures."""
+    a, b = (np.stack([np.asarray(p, dtype=float) for p in pictures]) for pictures in (a, b))
+    return 10 * np.log10(255 ** 2 / max(((a - b) ** 2).mean(), 1e-9))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The small pipeline as a folder."""
+    folder = str(tmp_path_factory.mktemp("model") / "small")
+    save_pipeline(make_pipeline(), folder)
+    return folder
+
+
+def theirs_from(folder, sampler, cls=diffusers.StableDiffusionPipeline, **config):
+    pipe = cls.from_pretrained(folder)
+    scheduler = {"ddim": diffusers.DDIMScheduler, "dpmpp": diffusers.DPMSolverMultistepScheduler,
+                 "ddpm": diffusers.DDPMScheduler}[sampler]
+    pipe.scheduler = scheduler.from_config(dict(pipe.scheduler.config) | config)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("sampler, steps", [("ddim", 20), ("ddim", 30), ("dpmpp", 20), ("dpmpp", 9)])
+@pytest.mark.parametrize("config", [dict(), dict(prediction_type="v_prediction", timestep_spacing="trailing")])
+def test_pictures_equal_diffusers(saved, tmp_path, sampler, steps, config):
+    pipe = make_pipeline(**config)
+    save_pipeline(pipe, str(tmp_path))
+    latents = torch.randn(2, 4, 16, 12)
+    expected = theirs_from(str(tmp_path), sampler)(
+        ["a red house", "fog"], negative_prompt=["boat", "boat"], latents=latents, num_inference_steps=steps,
+        guidance_scale=5.0, height=64, width=48).images
+    ours = generate(load_pipeline(str(tmp_path)), ["a red house", "fog"], "boat", steps, 5.0, sampler, latents=latents,
+                    height=64, width=48, progress=False)
+    assert decibel(ours, expected) > 45
+    assert decibel(ours[:1], ours[1:]) < 40                        # and they are two pictures, not one
+
+
+def test_image_to_image_equals_diffusers_from_the_same_seed(saved):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    for sampler in ("ddim", "dpmpp"):
+        pipe = theirs_from(saved, sampler, diffusers.StableDiffusionImg2ImgPipeline)
+        expected = pipe("a blue boat", image=photo, strength=0.6, num_inference_steps=20, guidance_scale=4.0,
+                        generator=torch.Generator().manual_seed(5)).images
+        ours = generate(load_pipeline(saved), "a blue boat", "", 20, 4.0, sampler, seed=5, init_image=photo, strength=0.6,
+                        progress=False)
+        assert decibel(ours, expected) > 45
+
+
+def test_the_same_seed_draws_what_diffusers_draws(saved):
+    expected = theirs_from(saved, "dpmpp")("fog", num_inference_steps=8, guidance_scale=3.0, height=64, width=64,
+                                           generator=torch.Generator().manual_seed(11)).images
+    ours = generate(load_pipeline(saved), "fog", steps=8, guidance=3.0, seed=11, height=64, width=64, progress=False)
+    assert decibel(ours, expected) > 45
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_a_picture_depends_on_its_own_seed_alone(saved, sampler):
+    pipe = load_pipeline(saved)
+    settings = dict(steps=6, sampler=sampler, progress=False)
+    together = generate(pipe, "fog", seed=3, num_images=3, **settings)
+    for k in range(3):
+        assert decibel([together[k]], generate(pipe, "fog", seed=3 + k, **settings)) > 45
+    assert decibel(together[:1], together[1:2]) < 40
+    several = generate(pipe, ["boat", "fog"], seed=2, **settings)
+    assert decibel(several[1:], together[:1]) > 45
+
+
+def test_guidance_one_ignores_the_negative_prompt(saved):
+    pipe, settings = load_pipeline(saved), dict(steps=5, progress=False)
+    assert decibel(generate(pipe, "fog", "boat", guidance=1, **settings), generate(pipe, "fog", guidance=1, **settings)) > 80
+    assert decibel(generate(pipe, "fog", "boat", guidance=5, **settings), generate(pipe, "fog", guidance=5, **settings)) < 60
+
+
+def test_any_size_and_init_image(saved):
+    pipe = load_pipeline(saved)
+    assert generate(pipe, "fog", steps=2, height=50, width=90, progress=False)[0].size == (90, 50)
+    wide = Image.new("RGB", (400, 100), "red")
+    picture = generate(pipe, "fog", steps=3, init_image=wide, progress=False)[0]
+    assert picture.width / picture.height == pytest.approx(4, rel=0.1)
+    # Cropped at the centre, not stretched: a square from the middle of three stripes is all of the middle one.
+    stripes = Image.new("RGB", (96, 32), "black")
+    stripes.paste("white", (32, 0, 64, 32))
+    assert sample.picture_to_tensor(stripes, 32, 32).min() > 0.99
+
+
+def test_inpainting_keeps_what_the_mask_keeps(saved):
+    rng = np.random.default_rng(1)
+    photo = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    ours = np.asarray(generate(load_pipeline(saved), "fog", steps=6, init_image=photo, mask_image=mask, strength=1.0,
+                               progress=False)[0]).astype(int)
+    before = np.asarray(photo).astype(int)
+    assert (ours[:, :32] == before[:, :32]).all() and abs(ours[:, 40:] - before[:, 40:]).mean() > 20
+
+
+def test_pinning_makes_the_kept_part_exact():
+    """Whatever the model says, where the mask is 0 every sampler must end at the known picture."""
+    schedule = NoiseSchedule(set_alpha_to_one=True)
+    known, mask = torch.randn(1, 4, 8, 8), torch.zeros(1, 1, 8, 8)
+    mask[..., 4:] = 1
+    for name, sampler in SAMPLERS.items():
+        model = sample.pin(schedule, lambda x, t: torch.randn_like(x), known, mask)
+        for x, _ in sampler(schedule, model, torch.randn(1, 4, 8, 8), schedule.timesteps(20, name)):
+            pass
+        assert torch.allclose(x[..., :4], known[..., :4], atol=1e-3), name
+        assert not torch.allclose(x[..., 4:], known[..., 4:], atol=0.1), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLIP and tokenizer.
+
+def test_tokenizer_knows_every_word_and_reads_back(tmp_path):
+    tokenizer = train_tokenizer(["a starry night", "a lake at night"] * 20, vocab_size=560, max_length=16)
+    ids = tokenize(tokenizer, ["a starry night", "Zebra, \u00e9t\u00e9 \U0001f389!"])
+    assert ids.shape == (2, 16) and ids[0, :5].tolist()[0] == tokenizer.bos_token_id
+    assert (ids[0] == tokenizer.eos_token_id).nonzero()[0] == 4    # start, three words of one token each, end
+    assert tokenizer.eos_token_id == len(tokenizer) - 1            # the largest id, where CLIP's pooling looks for it
+    text = tokenizer.decode(ids[1], skip_special_tokens=True).replace(" ", "")
+    assert text == "zebra,\u00e9t\u00e9\U0001f389!"
+    long = tokenize(tokenizer, ["night " * 100])
+    assert long.shape == (1, 16) and long[0, -1] == tokenizer.eos_token_id
+    pipe = make_pipeline()
+    pipe.tokenizer = tokenizer
+    save_pipeline(pipe, str(tmp_path), ["text_encoder"])
+    again = sample.load_tokenizer(str(tmp_path / "tokenizer"))
+    assert torch.equal(tokenize(again, ["A Starry zebra"]), tokenize(tokenizer, ["a starry zebra"]))
+    os.remove(tmp_path / "tokenizer" / "tokenizer.json")           # the older form: vocab.json and merges.txt
+    assert torch.equal(tokenize(sample.load_tokenizer(str(tmp_path / "tokenizer")), ["zebra"]), tokenize(tokenizer, ["zebra"]))
+
+
+class FixedCLIP:
+    """A CLIP whose pictures and captions lie where the test puts them."""
+
+    def __init__(self, images, texts):
+        self.images, self.texts, self.logit_scale = images, texts, torch.tensor(math.log(10.0))
+
+    def encode_image(self, x):
+        return self.images
+
+    def encode_text(self, ids):
+        return self.texts
+
+
+def test_contrastive_loss_knows_its_neighbours_and_forgives_twins():
+    eye = torch.eye(4)
+    ids = torch.arange(4)[:, None].expand(4, 3)
+    loss, info = contrastive_loss(FixedCLIP(eye, eye), None, ids)
+    assert loss.item() == pytest.approx(math.log(1 + 3 * math.exp(-10)), rel=1e-3) and info["accuracy"] == 1
+    loss, _ = contrastive_loss(FixedCLIP(torch.ones(4, 4) / 2, eye * 0 + 0.5), None, ids)
+    assert loss.item() == pytest.approx(math.log(4), rel=1e-4)     # nothing told apart: a guess among four
+    twins = torch.tensor([[1, 1], [1, 1], [2, 2], [2, 2]])         # each has one twin: a guess among three
+    loss, _ = contrastive_loss(FixedCLIP(torch.ones(4, 4) / 2, eye * 0 + 0.5), None, twins)
+    assert loss.item() == pytest.approx(math.log(3), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning: each stage, on a tiny set, reaches a loss that an untrained model cannot.
+
+def optimize(module, loss_of, steps, lr):
+    opt = torch.optim.AdamW(module.parameters(), lr)
+    first = None
+    for step in range(steps):
+        loss = loss_of(torch.Generator().manual_seed(step))
+        first = first or loss.item()
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        opt.step()
+    return first, loss.item()
+
+
+def test_vae_learns():
+    torch.manual_seed(0)
+    x = torch.stack([Landscapes(32)[i][0] for i in range(4)])
+    vae = VAE(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4)
+    with torch.no_grad():
+        before = psnr(vae, x)
+    optimize(vae, lambda g: vae_loss(vae, x, 1e-5, g)[0], 150, 5e-3)
+    with torch.no_grad():
+        after = psnr(vae, x)
+    assert before < 12 and after > 21, (before, after)             # painting each picture in its mean colour: about 13
+
+
+def test_clip_learns():
+    torch.manual_seed(0)
+    scenes = [Landscapes(32)[i] for i in (1, 2, 3, 7, 8, 9, 11, 12)]
+    tokenizer = train_tokenizer([c for _, c in scenes], 600, 24)
+    text = dict(SMALL_TEXT, vocab_size=len(tokenizer), max_position_embeddings=24)
+    clip = CLIP(text, dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+                           patch_size=8), 16)
+    x, ids = torch.stack([p for p, _ in scenes]), tokenize(tokenizer, [c for _, c in scenes])
+    first, last = optimize(clip, lambda g: contrastive_loss(clip, x, ids)[0], 60, 3e-3)
+    assert first > 1.5 and last < 0.2 and own_caption_wins(clip, x, ids) == 1      # a guess among eight: log 8 = 2.08
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_unet_learns_and_follows_its_prompt(prediction):
+    """Two prompts, two latents: after a little training the samplers draw each prompt's own."""
+    torch.manual_seed(0)
+    x0 = torch.stack([torch.full((4, 8, 8), 0.8), torch.full((4, 8, 8), -0.8)])
+    context = torch.eye(2)[:, None].expand(2, 3, 2).repeat(1, 1, 6)                # (2, 3, 12)
+    schedule = NoiseSchedule(prediction_type=prediction, set_alpha_to_one=True)
+    unet = UNet(block_out_channels=(32, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
+                attention_head_dim=2, cross_attention_dim=12, norm_num_groups=8)
+
+    def loss_of(g):
+        which = torch.randint(0, 2, (16,), generator=g)
+        t = torch.randint(0, 1000, (16,), generator=g)
+        noise = torch.randn(16, 4, 8, 8, generator=g)
+        return diffusion_loss(schedule, lambda x, t: unet(x, t, context[which]), x0[which], t, noise).mean()
+    first, last = optimize(unet, loss_of, 150, 3e-3)
+    assert first > 0.6 and last < 0.15, (first, last)
+    with torch.no_grad():
+        for z, _ in ddpm.dpmpp(schedule, lambda x, t: unet(x, torch.full((2,), t), context), torch.randn(2, 4, 8, 8),
+                               schedule.timesteps(10, "dpmpp")):
+            pass
+    assert (z - x0).abs().mean() < 0.25, (z - x0).abs().mean()
+
+
+def test_gradient_checkpoints_change_nothing():
+    unet, vae = shake(UNet.from_config(SMALL_UNET)), shake(VAE.from_config(SMALL_VAE))
+    z, t, context, x = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 24), torch.rand(1, 3, 16, 16)
+    for module, run in ((unet, lambda: unet(z, t, context).sum()),
+                        (vae, lambda: vae_loss(vae, x, 1.0, torch.Generator().manual_seed(0))[0])):
+        gradients = []
+        for on in (False, True):
+            module.set_grad_checkpoint(on)
+            gradients.append(torch.autograd.grad(run(), list(module.parameters())))
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(*gradients))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data.
+
+def test_landscapes_are_deterministic_and_the_same_at_any_size():
+    scenes = Landscapes(64)
+    assert len(scenes) >= 20000 and len(Landscapes(64, "val")) >= 3000 and len(Landscapes(64, "novel")) >= 3000
+    for i in (0, 17, 19999):
+        (a, caption), (b, again) = scenes[i], Landscapes(64)[i]
+        assert torch.equal(a, b) and caption == again == scenes.caption(i)
+        assert a.shape == (3, 64, 64) and a.dtype == torch.float32 and -1 <= a.min() < a.max() <= 1
+        large = torch.nn.functional.avg_pool2d(Landscapes(128)[i][0][None], 2)[0]
+        assert (large - a).abs().mean() < 0.08                     # fine grain apart
+    with pytest.raises(IndexError):
+        scenes[20000]
+    assert not torch.equal(scenes[0][0], Landscapes(64, "val")[0][0])
+
+
+def test_novel_scenes_join_what_training_never_joins():
+    pairs = {split: {Landscapes(64, split).plan(i)[0][:2] for i in range(3000)} for split in ("train", "val", "novel")}
+    assert pairs["novel"] == train.NOVEL and pairs["train"] == pairs["val"] and not pairs["train"] & pairs["novel"]
+    for sky, terrain in train.NOVEL:                               # each half is known from elsewhere
+        assert sky in {s for s, _ in pairs["train"]} and terrain in {t for _, t in pairs["train"]}
+
+
+def test_captions_say_what_is_there():
+    scenes = Landscapes(64)
+    captions = [scenes.caption(i) for i in range(3000)]
+    assert 0.05 < captions.count("a landscape") / 3000 < 0.12 and len(set(captions)) > 2000
+    for i in range(300):
+        (sky, terrain, place, extras), caption, _ = scenes.plan(i)
+        for side in ("left", "right"):
+            assert side not in caption or side == place
+        assert ("moon" in caption) <= (sky == "night") and ("sun " in caption) <= (sky not in ("night", "storm"))
+        for words, extra in (("lake", "lake"), ("pine trees", "pines"), ("mist", "mist"), ("snow", "snow")):
+            assert (words in caption) <= (extra in extras)
+
+
+def test_left_is_left():
+    """Scenes that say so have their brightest spot of sky there."""
+    scenes, seen = Landscapes(64), {"left": [], "right": []}
+    for i in range(400):
+        (sky, _, place, extras), _, _ = scenes.plan(i)
+        if place in seen and sky in ("night", "sunset") and "clouds" not in extras:
+            light = scenes[i][0].mean(0)[:24]
+            columns = torch.nn.functional.avg_pool2d(light[None, None], 5, 1)[0, 0].amax(0)
+            seen[place].append(columns.argmax().item() / len(columns))
+    assert min(map(len, seen.values())) > 20 and max(seen["left"]) < 0.4 and min(seen["right"]) > 0.6
+
+
+def test_captions_of_a_folder_come_in_the_promised_order(tmp_path):
+    for name in ("cats/a_b-c.png", "cats/deep/x.png", "cats/told.png", "cats/beside.png", "red_barn.png", "kohya.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10), "red").save(tmp_path / name)
+    (tmp_path / "cats/told.txt").write_text("sidecar loses")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "cats/told.png", "text": "metadata wins"}\n\n')
+    (tmp_path / "cats/beside.txt").write_text("a cat beside\n")
+    (tmp_path / "kohya.caption").write_text("kohya's \u00e9", encoding="utf-8")
+    data = ImageFolder(str(tmp_path), image_size=8)
+    assert {data.paths[i]: data.caption(i) for i in range(len(data))} == {
+        "cats/a_b-c.png": "cats", "cats/deep/x.png": "deep", "cats/told.png": "metadata wins", "red_barn.png": "red barn",
+        "cats/beside.png": "a cat beside", "kohya.png": "kohya's \u00e9"}
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,text\ncats/told.png,"from, csv"\n')
+    assert "from, csv" in [c for _, c in (ImageFolder(str(tmp_path), 8)[i] for i in range(len(data)))]
+    (tmp_path / "metadata.csv").write_text("file,caption\na.png,b\n")
+    with pytest.raises(BadInput, match="file_name"):
+        ImageFolder(str(tmp_path))
+
+
+def test_every_kind_of_picture_opens(tmp_path):
+    red = Image.new("RGB", (40, 20), (200, 30, 30))
+    red.save(tmp_path / "rgb.jpg")
+    red.convert("L").save(tmp_path / "grey.png")
+    red.convert("P").save(tmp_path / "palette.gif")
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(np.full((20, 40), 40000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    see_through = Image.new("RGBA", (40, 20), (200, 30, 30, 0))
+    see_through.save(tmp_path / "transparent.png")
+    turned = Image.new("RGB", (40, 20), "black")
+    turned.paste("white", (0, 0, 20, 20))                          # white on the left; upright, it is at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    data = ImageFolder(str(tmp_path), image_size=16)
+    pictures = {path: data[i][0] for i, path in enumerate(data.paths)}
+    assert len(pictures) == 7 and all(p.shape == (3, 16, 16) for p in pictures.values())
+    for name in ("rgb.jpg", "palette.gif", "cmyk.jpg"):
+        assert pictures[name][0].mean() > 0.3 > -0.4 > pictures[name][1].mean(), name
+    assert pictures["deep.png"].mean().item() == pytest.approx(40000 / 65535 * 2 - 1, abs=0.03)
+    assert pictures["transparent.png"].mean() > 0.99               # on white paper
+    assert pictures["turned.png"][:, :6].mean() > 0.9 > -0.9 > pictures["turned.png"][:, 10:].mean()
+
+
+def test_validation_pictures_are_not_trained_on(tmp_path):
+    for i in range(45):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    parts = [ImageFolder(str(tmp_path), 8, split).paths for split in ("train", "val")]
+    assert len(parts[0]) == 43 and len(parts[1]) == 2 and not set(parts[0]) & set(parts[1])
+
+
+def test_kept_rows_are_computed_once(tmp_path):
+    asked = []
+
+    def compute(rows):
+        asked.extend(rows)
+        return torch.tensor(rows)[:, None].float() * 10
+    kept = train.Kept(50, (1,), torch.float32, compute, str(tmp_path))
+    assert kept([3, 4, 3]).flatten().tolist() == [30, 40, 30] and kept([4, 5]).flatten().tolist() == [40, 50]
+    assert asked == [3, 4, 5] and os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading and saving.
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_older_folders_load(saved, tmp_path):
+    from safetensors.torch import load_file, save_file
+    import shutil
+    pipe = load_pipeline(saved)
+    shutil.copytree(saved, tmp_path / "old")
+    vae, text = tmp_path / "old/vae/diffusion_pytorch_model.safetensors", tmp_path / "old/text_encoder/model.safetensors"
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    state = {}
+    for key, value in load_file(vae).items():
+        for new, old in names.items():
+            key = key.replace(new, old)
+        state[key] = value
+    assert any(".proj_attn." in key for key in state)
+    os.remove(vae)
+    torch.save(state, vae.with_suffix(".bin"))
+    state = {key.removeprefix("text_model."): value for key, value in load_file(text).items()}
+    os.remove(text)
+    save_file(state | {"embeddings.position_ids": torch.arange(20)[None]}, tmp_path / "old/text_encoder/model.fp16.safetensors")
+    shutil.rmtree(tmp_path / "old/scheduler")
+    old = load_pipeline(str(tmp_path / "old"))
+    assert same_weights(old.vae, pipe.vae) and same_weights(old.text_encoder, pipe.text_encoder)
+    assert old.schedule.config == NoiseSchedule().config
+
+
+def test_saved_text_encoder_is_read_by_transformers(saved):
+    theirs = transformers.CLIPTextModel.from_pretrained(os.path.join(saved, "text_encoder"))
+    ids = torch.randint(0, 500, (2, 20))
+    with torch.no_grad():
+        assert relative(load_pipeline(saved).text_encoder(ids), theirs(ids).last_hidden_state) < 1e-5
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda d: os.remove(d / "unet/config.json"), "unet/config.json"), (lambda d: (d / "vae/config.json").write_text("{"), "JSON"),
+    (lambda d: os.remove(d / "vae/diffusion_pytorch_model.safetensors"), "holds no weights"),
+    (lambda d: (d / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 99), "not readable"),
+    (lambda d: (d / "unet/config.json").write_text(json.dumps(dict(SMALL_UNET, layers_per_block=2))), "do not fit"),
+    (lambda d: (d / "text_encoder/config.json").write_text('{"hidden_act": "relu"}'), "hidden_act"),
+    (lambda d: (d / "scheduler/scheduler_config.json").write_text('{"beta_schedule": "x"}'), "beta_schedule"),
+    (lambda d: [os.remove(p) for p in (d / "tokenizer").iterdir()], "tokenizer")])
+def test_a_broken_folder_is_named(saved, tmp_path, spoil, word):
+    import shutil
+    shutil.copytree(saved, tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises(BadInput, match=word) as error:
+        load_pipeline(str(tmp_path / "m"))
+    assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command lines.
+
+def run(script, *args, cwd=None):
+    """Run a script as a user would -> (exit status, stdout, stderr)."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, args)], cwd=cwd, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+TINY_RUN = ["--steps", 4, "--max-images", 24, "--batch-size", 4, "--image-size", 32, "--save-every", 2, "--sample-every", 2]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which `python train.py` has run all three stages, a few steps each."""
+    folder = tmp_path_factory.mktemp("trained")
+    status, out, err = run("train.py", *TINY_RUN, cwd=folder)
+    assert status == 0, err
+    return folder
+
+
+def test_train_then_sample_then_diffusers(trained):
+    for name in ("model_index.json", "samples/vae-000001.png", "samples/unet-000004.png", "loss-unet.png", "train_state/unet.pt"):
+        assert (trained / "out" / name).exists(), name
+    rows = [json.loads(line) for line in open(trained / "out" / "log-unet.jsonl")]
+    assert rows[-1]["step"] == 4 and all(math.isfinite(row["loss"]) for row in rows)
+    status, out, err = run("sample.py", "a landscape", "dunes at night", "--num-images", 2, "--steps", 3, "--gif", cwd=trained)
+    assert status == 0 and "out.png" in out, err
+    assert Image.open(trained / "out.png").size == (64, 64) and Image.open(trained / "out.gif").n_frames == 3
+    singles = [Image.open(trained / f"out-{k}.png") for k in range(4)]
+    assert "dunes at night" in singles[2].text["parameters"] and "Seed: 2" in singles[2].text["parameters"]
+    # What was trained is a diffusers pipeline, and draws the same there.
+    latents = torch.randn(1, 4, 16, 16)
+    folder = str(trained / "out")
+    expected = theirs_from(folder, "dpmpp")("dunes at night", latents=latents, num_inference_steps=5, guidance_scale=3.0,
+                                            height=32, width=32).images
+    assert decibel(generate(load_pipeline(folder), "dunes at night", steps=5, guidance=3.0, latents=latents), expected) > 45
+
+
+def test_latents_have_unit_variance(trained):
+    pipe = load_pipeline(str(trained / "out"))
+    x = torch.stack([Landscapes(32, "val")[i][0] for i in range(32)])
+    with torch.no_grad():
+        assert (pipe.vae.scaling_factor * pipe.vae.encode(x).sample()).std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_stages_run_apart_and_eval_measures(trained, tmp_path):
+    status, _, err = run("train.py", "--stage", "unet", *TINY_RUN, cwd=tmp_path)
+    assert status == 2 and "--stage vae" in err and err.count("\n") == 1
+    status, out, err = run("train.py", "--stage", "eval", *TINY_RUN[2:], cwd=trained)
+    assert status == 0 and all(word in out for word in ("PSNR", "retrieval", "loss per range", "R-precision")), err
+    before = (trained / "out/vae/diffusion_pytorch_model.safetensors").read_bytes()
+    status, out, err = run("train.py", "--init", trained / "out", *TINY_RUN, "--out", tmp_path / "tuned",
+                           "--prediction-type", "v_prediction", cwd=tmp_path)
+    assert status == 0 and "vae" not in out.split(";")[1], err
+    assert (tmp_path / "tuned/vae/diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert load_pipeline(str(tmp_path / "tuned")).schedule.prediction_type == "v_prediction"
+
+
+def test_resumed_weights_equal_uninterrupted_ones(trained, tmp_path):
+    half = [2 if value == 4 and flag == "--steps" else value for flag, value in zip([None] + TINY_RUN, TINY_RUN)]
+    assert half != TINY_RUN

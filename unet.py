@@ -1,0 +1,352 @@
+"""The U-Net: looks at a noisy latent, the time and the prompt, and says which noise was added.
+
+    eps = unet(z_t (B, 4, h, w), t (B,), context (B, M, D)) -> (B, 4, h, w)
+
+Why this shape? To tell noise from picture, a network must see the whole scene (is this a sky?) and the single pixel (is
+this grain?). A U-Net walks down to a coarse view and back up, and hands each resolution's details across, so that what
+it understood below is painted at full detail above. Numbers: Stable Diffusion 1.5 at 512 x 512.
+
+      z_t 4 @ 64x64                                                        eps 4 @ 64x64
+          |                                                                     ^
+      320 @ 64x64  R T R T ------------------- skips ------------------> R T R T R T
+          | down                                                                | up
+      640 @ 32x32  R T R T ------------------- skips ------------------> R T R T R T
+          | down                                                                | up
+     1280 @ 16x16  R T R T ------------------- skips ------------------> R T R T R T
+          | down                                                                | up
+     1280 @  8x8   R   R   -------- skips --------> R T R (middle) ---> R   R   R
+
+    R = residual block: here the TIME enters, added to every channel.
+    T = transformer: here the TEXT enters. Pixels look at each other (self-attention), then at the prompt's words
+        (cross-attention): Q = pixels, K and V = text (Rombach et al. 2022, section 3.3).
+
+Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time); Rombach et al. 2022 (with text).
+Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
+Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from vae import Attention, Downsample, ResnetBlock, Upsample, attend, supported
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
+
+def timestep_embedding(t, dim):
+    """t (B,) -> (B, dim): cosines and sines at dim/2 frequencies, from 1 to 1/10000 (Vaswani et al. 2017, section 3.5).
+
+    Like the hands of many clocks: fast ones tell t from t + 1, slow ones tell early from late. The paper writes sine
+    first; the published weights expect cosine first.
+    """
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angles = t[:, None].float() * frequencies                      # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two layers that turn the clock (B, dim) into features (B, T) for all residual blocks."""
+
+    def __init__(self, dim, temb_channels):
+        super().__init__()
+        self.linear_1 = nn.Linear(dim, temb_channels)
+        self.linear_2 = nn.Linear(temb_channels, temb_channels)
+
+    def forward(self, x):
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class AttentionPooling(nn.Module):
+    """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says."""
+
+    def __init__(self, channels, heads):
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels ** 0.5)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
+
+    def forward(self, x):
+        B, _, D = x.shape
+        query = x.mean(dim=1, keepdim=True) + self.positional_embedding
+        x = torch.cat([query, x], dim=1)                           # (B, 1 + M, D)
+
+        def split(y):                                              # (B, L, D) -> (B, heads, L, D/heads)
+            return y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)
+        y = attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x)))
+        return y.transpose(1, 2).reshape(B, D)
+
+
+class TextTimeEmbedding(nn.Module):
+    """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
+
+    Cross-attention lets each pixel pick its words, but must first learn which pixel needs which word. A vector that
+    reaches every residual block says at once "night, dunes" and gets a small model to follow its prompt far sooner.
+    """
+
+    def __init__(self, channels, temb_channels, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.pool = AttentionPooling(channels, heads)
+        self.proj = nn.Linear(channels, temb_channels)
+        self.norm2 = nn.LayerNorm(temb_channels)
+
+    def forward(self, context):
+        return self.norm2(self.proj(self.pool(self.norm1(context))))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+class GEGLU(nn.Module):
+    """value * gelu(gate): what to say, and how much of it (Shazeer 2020). (B, N, C) -> (B, N, inner)."""
+
+    def __init__(self, channels, inner):
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * inner)                 # value and gate in one product
+
+    def forward(self, x):
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Each token thinks for itself: widen fourfold, gate, narrow again. (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        # Published as net.0 and net.2; net.1 was a dropout.
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """Pixels look at each other, then at the words, then think. (B, N, C), (B, M, D) -> (B, N, C)."""
+
+    def __init__(self, channels, context_channels, heads, upcast):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = Attention(channels, heads=heads, upcast=upcast)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = Attention(channels, context_channels, heads, upcast=upcast)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x, context):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)                 # the prompt enters the picture on this line
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A picture (B, C, h, w) as a sequence of h*w tokens, through a transformer block, added back to the picture."""
+
+    def __init__(self, channels, context_channels, heads, groups, linear, upcast):
+        super().__init__()
+        self.linear = linear
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)       # residual blocks have 1e-5: both as published
+        projection = nn.Linear if linear else lambda a, b: nn.Conv2d(a, b, 1)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_channels, heads, upcast)])
+        self.proj_out = projection(channels, channels)
+        nn.init.zeros_(self.proj_out.weight)                       # starts as the identity, like the residual blocks
+        nn.init.zeros_(self.proj_out.bias)
+
+    def forward(self, x, context):
+        B, C, h, w = x.shape
+        # A 1x1 convolution is a linear layer on each pixel. Stable Diffusion 1 stores one, 2 the other.
+        tokens = self.norm(x) if self.linear else self.proj_in(self.norm(x))
+        tokens = tokens.permute(0, 2, 3, 1).reshape(B, h * w, C)
+        tokens = self.proj_in(tokens) if self.linear else tokens
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = self.proj_out(tokens) if self.linear else tokens
+        y = tokens.view(B, h, w, C).permute(0, 3, 1, 2)
+        return x + (y if self.linear else self.proj_out(y))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Down, middle, up
+
+class DownBlock(nn.Module):
+    """One resolution on the way down: (R [T]) * layers, then halve. Returns what goes on, and every skip."""
+
+    def __init__(self, in_channels, channels, layers, resnet, transformer=None, last=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(channels if i else in_channels, channels) for i in range(layers))
+        if transformer:
+            self.attentions = nn.ModuleList(transformer(channels) for _ in range(layers))
+        if not last:
+            self.downsamplers = nn.ModuleList([Downsample(channels, pad_all_sides=True)])
+
+    def forward(self, x, temb, context):
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, temb)
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x, context)
+            skips.append(x)
+        if hasattr(self, "downsamplers"):
+            x = self.downsamplers[0](x)
+            skips.append(x)
+        return x, skips
+
+
+class MidBlock(nn.Module):
+    """The coarsest view: R T R."""
+
+    def __init__(self, channels, resnet, transformer):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([transformer(channels)])
+
+    def forward(self, x, temb, context):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
+
+
+class UpBlock(nn.Module):
+    """One resolution on the way up: take a skip, R [T], for every skip of this level; then double."""
+
+    def __init__(self, in_channels, skip_channels, channels, resnet, transformer=None, last=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(resnet((channels if i else in_channels) + skip, channels)
+                                     for i, skip in enumerate(skip_channels))
+        if transformer:
+            self.attentions = nn.ModuleList(transformer(channels) for _ in skip_channels)
+        if not last:
+            self.upsamplers = nn.ModuleList([Upsample(channels)])
+
+    def forward(self, x, skips, temb, context, size):
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(torch.cat([x, skips[-1 - i]], dim=1), temb) # last in, first out
+            if hasattr(self, "attentions"):
+                x = self.attentions[i](x, context)
+        return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
+
+
+# What train.py builds, see its --preset.
+UNET_SIZES = {
+    "tiny": dict(block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+                 down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+                 addition_embed_type="text", addition_embed_type_num_heads=4),
+    "base": dict(block_out_channels=(128, 256, 512), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+                 addition_embed_type="text", addition_embed_type_num_heads=8),
+    "sd15": {}}
+
+
+class UNet(nn.Module):
+    """The noise predictor. `UNet()` is Stable Diffusion 1.5's; `from_config` takes any published unet/config.json.
+
+    block_out_channels    width of each level, finest first
+    down_block_types      "CrossAttnDownBlock2D" (with transformers) or "DownBlock2D", per level; the up path mirrors it
+    attention_head_dim    the NUMBER of attention heads, for all levels or per level: the published name is a misnomer
+    use_linear_projection, upcast_attention          Stable Diffusion 2's variants: see SpatialTransformer and Attention
+    addition_embed_type   None, or "text": add the whole sentence to the time embedding: see TextTimeEmbedding
+    in_channels           4; 9 for inpainting (z_t, mask, latent of the masked picture)
+    """
+
+    def __init__(self, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
+                 down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=None,
+                 attention_head_dim=8, cross_attention_dim=768, norm_num_groups=32, norm_eps=1e-5,
+                 use_linear_projection=False, upcast_attention=False, addition_embed_type=None,
+                 addition_embed_type_num_heads=64, sample_size=64):
+        super().__init__()
+        channels, levels = tuple(block_out_channels), len(block_out_channels)
+        heads = attention_head_dim if isinstance(attention_head_dim, tuple) else (attention_head_dim,) * levels
+        attends = [name == "CrossAttnDownBlock2D" for name in down_block_types]
+        for name in set(down_block_types) - {"CrossAttnDownBlock2D", "DownBlock2D"}:
+            raise ValueError(f"config.json: down_block_types: {name!r} is not CrossAttnDownBlock2D or DownBlock2D")
+        mirrored = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends))
+        if tuple(up_block_types or mirrored) != mirrored or not len(attends) == len(heads) == levels:
+            raise ValueError("config.json: down_block_types, up_block_types, attention_head_dim and block_out_channels "
+                             "do not describe one ladder")
+        self.config = dict(
+            in_channels=in_channels, out_channels=out_channels, block_out_channels=channels,
+            layers_per_block=layers_per_block, down_block_types=tuple(down_block_types), up_block_types=mirrored,
+            attention_head_dim=attention_head_dim, cross_attention_dim=cross_attention_dim,
+            norm_num_groups=norm_num_groups, norm_eps=norm_eps, use_linear_projection=use_linear_projection,
+            upcast_attention=upcast_attention, addition_embed_type=addition_embed_type,
+            addition_embed_type_num_heads=addition_embed_type_num_heads, sample_size=sample_size)
+        temb = 4 * channels[0]
+
+        def resnet(cin, cout):
+            return ResnetBlock(cin, cout, norm_num_groups, norm_eps, temb)
+
+        def transformer(level):
+            return lambda c: SpatialTransformer(c, cross_attention_dim, heads[level], norm_num_groups,
+                                                use_linear_projection, upcast_attention)
+
+        self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
+        self.time_embedding = TimestepEmbedding(channels[0], temb)
+        if addition_embed_type == "text":
+            self.add_embedding = TextTimeEmbedding(cross_attention_dim, temb, addition_embed_type_num_heads)
+        elif addition_embed_type is not None:
+            raise ValueError(f"config.json: addition_embed_type = {addition_embed_type!r} is not 'text' or null")
+
+        self.down_blocks, skips = nn.ModuleList(), [channels[0]]   # skips: channels of what the way up will take
+        for i, c in enumerate(channels):
+            last = i == levels - 1
+            self.down_blocks.append(DownBlock(channels[max(i - 1, 0)], c, layers_per_block, resnet,
+                                              transformer(i) if attends[i] else None, last))
+            skips += [c] * (layers_per_block + (not last))
+        self.mid_block = MidBlock(channels[-1], resnet, transformer(levels - 1))
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(levels)):                          # one block more per level than on the way down
+            taken = [skips.pop() for _ in range(layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(channels[min(i + 1, levels - 1)], taken, channels[i], resnet,
+                                          transformer(i) if attends[i] else None, last=i == 0))
+        assert not skips, f"{len(skips)} skips are never used"
+
+        self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
+        self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)                       # first guess: no noise at all; loss starts at 1
+        nn.init.zeros_(self.conv_out.bias)
+        self.grad_checkpoint = False
+
+    @classmethod
+    def from_config(cls, config):
+        """Build from a published unet/config.json (a dict). ValueError names a key that asks for something else."""
+        config = {"cross_attention_dim": 1280, **config}           # diffusers' default where a file leaves it out
+        return cls(**supported(config, cls, dict(
+            act_fn="silu", center_input_sample=False, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1,
+            mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, resnet_time_scale_shift="default",
+            resnet_out_scale_factor=1.0, time_embedding_type="positional", conv_in_kernel=3, conv_out_kernel=3,
+            transformer_layers_per_block=1, attention_type="default", only_cross_attention=False)))
+
+    def to_config(self):
+        """The dict that belongs in unet/config.json, in diffusers' words."""
+        return {"_class_name": "UNet2DConditionModel", **self.config}
+
+    def set_grad_checkpoint(self, on=True):
+        """Trade time for memory: forget activations inside each block and compute them again for the backward pass."""
+        self.grad_checkpoint = on
+
+    def forward(self, z_t, t, context):
+        """z_t (B, 4, h, w), t (B,) integers in [0, 1000), context (B, M, D) -> predicted noise (or v), (B, 4, h, w)."""
+        def run(block, *args):
+            return checkpoint(block, *args, use_reentrant=False) if self.grad_checkpoint else block(*args)
+
+        # When and what: the time, and where the model has it the sentence as a whole.
+        temb = timestep_embedding(t, self.config["block_out_channels"][0]).to(z_t.dtype)
+        temb = self.time_embedding(temb)                           # (B, 1280)
+        if hasattr(self, "add_embedding"):
+            temb = temb + self.add_embedding(context)
+
+        x = self.conv_in(z_t)                                      # (B,  320, h,   w)      Stable Diffusion 1.5
+        skips = [x]
+        for block in self.down_blocks:                             # (B, 1280, h/8, w/8)
+            x, details = run(block, x, temb, context)
+            skips += details
+        x = run(self.mid_block, x, temb, context)                  # (B, 1280, h/8, w/8)
+        for block in self.up_blocks:                               # (B,  320, h,   w)
+            n = len(block.resnets)
+            taken, skips = skips[-n:], skips[:-n]
+            # The next skip's size, not twice this one's: an odd height, halved and doubled, would not come back.
+            x = run(block, x, taken, temb, context, skips[-1].shape[2:] if skips else None)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B,    4, h,   w)
