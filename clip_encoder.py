@@ -4,37 +4,35 @@
 
 Why CLIP? A text encoder trained on text alone knows which words go together. CLIP (Radford et al. 2021) was trained on
 pictures with their captions: a text tower and a vision tower each map into one shared space, and of all captions in a
-batch a picture's own must land nearest to it. Its words therefore already mean something to look at, and Stable Diffusion
-keeps the text tower, frozen, and throws the vision tower away.
+batch a picture's own must land nearest to it. Its words therefore already mean something to look at, and Stable
+Diffusion keeps the text tower, frozen, and throws the vision tower away.
 
 Why all T hidden states and not the one pooled vector that CLIP compares? The pooled vector is a summary, fit to pick a
-picture out of a crowd. To draw it, each place in the picture needs its own words: the sky attends to "starry", the ground
-to "dunes". The T vectors keep the words apart. Attention is causal, so that vector i has read words 0..i.
+picture out of a crowd. To draw it, each place in the picture needs its own words: the sky attends to "starry", the
+ground to "dunes". The T vectors keep the words apart. Attention is causal, so that vector i has read words 0..i.
 
-Papers: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; Sennrich et al. 2016
-(byte-pair encoding). Parameter names are those of transformers' CLIPModel; published weights load as they are.
+Papers: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision"; Sennrich et al.
+2016 (byte-pair encoding). Parameter names are those of transformers' CLIPModel; published weights load as they are.
 
-Letters: B batch; T tokens (77 as published); D width (768); V vocabulary (49408); P shared space; nh heads, hs head size.
-Read next: ddpm.py.
+Letters: B batch; T tokens (77 as published); D width (768); V vocabulary (49408); P shared space; nh heads, hs head
+size. Read next: ddpm.py.
 """
 import inspect
 import json
 import math
+import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizer: text to integers. transformers has it; this is how one is trained.
-
+# ---- Tokenizer: text to integers. transformers has it; this is how one is trained ------------------------------------
 def train_tokenizer(captions, vocab_size=1024, max_length=32):
     """Learn a byte-pair encoding from captions (list of str) -> transformers' CLIPTokenizer, laid out as OpenAI's is.
 
-    Byte-pair encoding starts from single bytes and again and again gives the most frequent pair of neighbours a symbol of
-    its own, until the common words are one symbol each. Whatever is not a common word still has its bytes: no word is
-    ever unknown. Ids: 256 bytes, 256 bytes that end a word, the learned pairs, start of text, end of text.
+    Byte-pair encoding starts from single bytes and again and again gives the most frequent pair of neighbours a symbol
+    of its own, until the common words are one symbol each. Whatever is not a common word still has its bytes: no word
+    is ever unknown. Ids: 256 bytes, 256 bytes that end a word, the learned pairs, start of text, end of text.
     """
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
@@ -51,23 +49,28 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
     known = set(symbols)
     return build(symbols + [a + b for a, b in merges if not (a + b in known or known.add(a + b))], merges)
 
+def load_tokenizer(source):
+    """A folder (vocab.json and merges.txt, or tokenizer.json) or a hub id -> transformers' CLIPTokenizer."""
+    from transformers import CLIPTokenizer
+    if os.path.isdir(source) and not {"tokenizer.json", "vocab.json"} & set(os.listdir(source)):
+        raise ValueError(f"{source} holds neither tokenizer.json nor vocab.json")
+    try:
+        return CLIPTokenizer.from_pretrained(source)
+    except Exception as e:                                         # whatever it was, one line says where
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ValueError(f"{source} holds no readable CLIP tokenizer ({why})") from None
 
 def tokenize(tokenizer, texts, max_length=None):
     """texts (list of str) -> ids (B, T) int64: start, the words, end, then padding up to T; longer texts are cut."""
     T = min(tokenizer.model_max_length, max_length or 77)
     return tokenizer(texts, padding="max_length", truncation=True, max_length=T, return_tensors="pt").input_ids
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer that both towers share.
-
+# ---- The transformer that both towers share --------------------------------------------------------------------------
 def quick_gelu(x):
     """x * sigmoid(1.702 x), close to gelu: OpenAI's CLIP, and so Stable Diffusion 1, was trained with it."""
     return x * torch.sigmoid(1.702 * x)
 
-
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
-
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention (B, T, D) -> (B, T, D). causal: no token sees those after it."""
@@ -92,7 +95,6 @@ class SelfAttention(nn.Module):
         y = scores.softmax(dim=-1) @ v                             # (B, nh, T, hs)
         return self.out_proj(y.transpose(1, 2).reshape(B, T, D))
 
-
 class MLP(nn.Module):
     """Two layers on each token alone: (B, T, D) -> (B, T, D)."""
 
@@ -104,7 +106,6 @@ class MLP(nn.Module):
 
     def forward(self, x):
         return self.fc2(self.activation(self.fc1(x)))
-
 
 class Block(nn.Module):
     """x + attention, x + MLP, each after a layer norm."""
@@ -120,7 +121,6 @@ class Block(nn.Module):
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
-
 class Blocks(nn.Module):
     """The stack of blocks, under the name that the published weights give it: `encoder.layers`."""
 
@@ -133,10 +133,7 @@ class Blocks(nn.Module):
             x = layer(x)
         return x
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text tower.
-
+# ---- The text tower --------------------------------------------------------------------------------------------------
 class TextEmbeddings(nn.Module):
     """ids (B, T) -> (B, T, D): what the token is, plus where it stands."""
 
@@ -144,12 +141,11 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
-        nn.init.normal_(self.token_embedding.weight, std=0.02)     # as CLIP: small, so that the sum with the place stays
+        nn.init.normal_(self.token_embedding.weight, std=0.02)     # as CLIP: small, so that the sum with the place is
         nn.init.normal_(self.position_embedding.weight, std=0.01)  # small beside what the blocks add
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]
-
 
 class TextTransformer(nn.Module):
     """ids (B, T) -> (B, T, D), after the final layer norm: what Stable Diffusion's cross-attention reads."""
@@ -166,16 +162,14 @@ class TextTransformer(nn.Module):
         assert ids.size(1) <= self.embeddings.position_embedding.num_embeddings, f"{ids.size(1)} tokens are too many"
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
-
 def known(config, model, model_type, defaults):
     """Keep of a transformers config (dict) what `model` takes. ValueError names a key that asks for something else."""
     if config.get("model_type", model_type) != model_type:
         raise ValueError(f"config.json: model_type = {config['model_type']!r} is not {model_type!r}")
-    config = {**defaults, **config}                                # transformers' defaults, where a file leaves them out
+    config = {**defaults, **config}                                # transformers' defaults for what a file leaves out
     if config["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act = {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
     return {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
-
 
 class CLIPTextEncoder(nn.Module):
     """The text tower alone. `CLIPTextEncoder()` is Stable Diffusion 1's (CLIP ViT-L/14); names as in transformers.
@@ -201,13 +195,16 @@ class CLIPTextEncoder(nn.Module):
         """The dict that belongs in text_encoder/config.json, in transformers' words."""
         return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **self.config}
 
+    @staticmethod
+    def current_names(state):
+        """Published weights (a dict) under the names used here: some lack the prefix, some hold a table 0, 1, 2, ..."""
+        return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()
+                if not k.endswith("position_ids")}
+
     def forward(self, ids):
         return self.text_model(ids)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The vision tower, and the training that ties it to the text tower.
-
+# ---- The vision tower, and the training that ties it to the text tower -----------------------------------------------
 class VisionEmbeddings(nn.Module):
     """x (B, 3, S, S) -> (B, 1 + (S/p)^2, D): patches of p x p pixels as words, after one word for the whole picture."""
 
@@ -222,7 +219,6 @@ class VisionEmbeddings(nn.Module):
         patches = self.patch_embedding(x).flatten(2).transpose(1, 2)                # (B, (S/p)^2, D)
         whole = self.class_embedding.expand(len(x), 1, -1)
         return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
-
 
 class VisionTransformer(nn.Module):
     """x (B, 3, S, S) -> (B, D), the state of the word that stands for the whole picture (Dosovitskiy et al. 2020)."""
@@ -240,14 +236,13 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         return self.post_layernorm(self.encoder(self.pre_layrnorm(self.embeddings(x)))[:, 0])
 
-
 class CLIP(nn.Module):
-    """Both towers, their projections into the shared space, and the learned temperature; names as transformers' CLIPModel.
+    """Both towers, their projections into the shared space, the learned temperature; names as transformers' CLIPModel.
 
     text_config, vision_config: dicts as in a published config.json; what they leave out has transformers' defaults.
     """
 
-    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of CLIP's training pictures
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of CLIP's own pictures
 
     def __init__(self, text_config, vision_config, projection_dim=512, logit_scale_init_value=math.log(1 / 0.07)):
         super().__init__()
@@ -270,6 +265,11 @@ class CLIP(nn.Module):
         """The dict that belongs in config.json, in transformers' words."""
         return {"architectures": ["CLIPModel"], "model_type": "clip", **self.config}
 
+    @staticmethod
+    def current_names(state):
+        """Published weights (a dict) under the names used here: some hold tables 0, 1, 2, ..."""
+        return {k: v for k, v in state.items() if not k.endswith("position_ids")}
+
     def text_encoder(self):
         """The text tower alone, sharing its weights."""
         text = CLIPTextEncoder.from_config(self.config["text_config"])
@@ -277,7 +277,7 @@ class CLIP(nn.Module):
         return text
 
     def encode_text(self, ids):
-        """ids (B, T) -> unit vectors (B, P). End of text is the largest id: the first one has read the whole caption."""
+        """ids (B, T) -> unit vectors (B, P). The first end of text, the largest id, has read the whole caption."""
         states = self.text_model(ids)                                               # (B, T, D)
         pooled = states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
         return F.normalize(self.text_projection(pooled), dim=-1)
@@ -290,17 +290,21 @@ class CLIP(nn.Module):
         mean, std = (torch.tensor(v, device=x.device, dtype=x.dtype).view(3, 1, 1) for v in (self.MEAN, self.STD))
         return F.normalize(self.visual_projection(self.vision_model((x / 2 + 0.5 - mean) / std)), dim=-1)
 
+def build_clip(preset, image_size, captions):
+    """An untrained CLIP of train.py's preset, and a tokenizer trained on its captions -> (tokenizer, CLIP)."""
+    width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
+        "tiny": (128, 3, 128, 3, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
+        "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]
 
-# What train.py builds, see its --preset: the text tower, the vision tower, the tokenizer, the width P of the shared space.
-def tower(width, layers, heads):
-    """Sizes of a transformer, its MLP four times as wide as its states."""
-    return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads)
-
-
-CLIP_SIZES = {"tiny": (tower(128, 3, 4), tower(128, 3, 4) | {"patches": 8}, dict(vocab_size=1024, max_length=32), 64),
-              "base": (tower(512, 6, 8), tower(512, 6, 8) | {"patches": 16}, dict(vocab_size=8192, max_length=77), 256),
-              "sd15": (tower(768, 12, 12), tower(1024, 24, 16) | {"patches": 16}, dict(vocab_size=49408, max_length=77), 768)}
-
+    def tower(width, layers):
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                    num_attention_heads=max(width // 64, 4))
+    tokenizer = train_tokenizer(captions, vocabulary, length)
+    text = tower(width, layers) | dict(
+        vocab_size=len(tokenizer), max_position_embeddings=length, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    vision = tower(vision_width, vision_layers) | dict(image_size=image_size, patch_size=max(image_size // patches, 1))
+    return tokenizer, CLIP(text, vision, shared)
 
 def contrastive_loss(clip, x, ids):
     """Symmetric InfoNCE (Radford et al. 2021, Figure 3) of pictures x (B, 3, H, W) and captions ids (B, T).
@@ -318,7 +322,6 @@ def contrastive_loss(clip, x, ids):
     target = torch.arange(len(ids), device=ids.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean(), "temperature": 1 / scale.detach()}
-
 
 def own_caption_wins(clip, x, ids):
     """How often each picture x (B, 3, H, W) finds its own caption ids (B, T) the best of all B: from 0 to 1."""

@@ -6,32 +6,30 @@
     abar_t                  alpha_bar        alpha_1 * ... * alpha_t: how much signal power is left          DDPM 2
     q(x_t | x_{t-1})        -                N(sqrt(alpha_t) x_{t-1}, beta_t I)                              DDPM Eq. 2
     q(x_t | x_0)            q_sample         N(sqrt(abar_t) x_0, (1 - abar_t) I)                             DDPM Eq. 4
-    q(x_{t-1} | x_t, x_0)   posterior        N(mu~_t, beta~_t I)                                             DDPM Eq. 6, 7
+    q(x_{t-1} | x_t, x_0)   posterior        N(mu~_t, beta~_t I)                                             DDPM Eq. 6-7
     SNR(t)                  snr              abar_t / (1 - abar_t)
 
-The forward process drowns a picture in noise, a little at every step, and needs no learning. Its closed form (Eq. 4) says
-that all those small steps up to t are one large one, so training can jump to any t. Going backwards needs q(x_{t-1} |
-x_t), which nobody knows; but if x_0 were known as well, it would be a Gaussian (Eq. 6). So a network guesses x_0, or what
-is the same by Eq. 4, the noise eps, and we step with the guess in place of the truth.
+The forward process drowns a picture in noise, a little at every step, and needs no learning. Its closed form (Eq. 4)
+says that all those small steps up to t are one large one, so training can jump to any t. Going backwards needs
+q(x_{t-1} | x_t), which nobody knows; but if x_0 were known as well, it would be a Gaussian (Eq. 6). So a network
+guesses x_0, or what is the same by Eq. 4, the noise eps, and we step with the guess in place of the truth.
 
 Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
-posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a weighted
-squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2 (Eq. 12). Setting
-all weights to 1 gives the simple loss (Eq. 14), which spends more on large t, where the picture is decided, and draws
-better.
+posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a
+weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2 (Eq.
+12). Setting all weights to 1 gives the simple loss (Eq. 14), which spends more on large t, where the picture is
+decided, and draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
-(classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021 (cosine).
-Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" there is no noise, alpha_bar = 1.
-Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
-Read next: unet.py.
+(classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
+(cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" there is no noise, alpha_bar = 1. Letters: B
+batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w). Read next: unet.py.
 """
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 
 class NoiseSchedule:
     """The constants of the forward process, and what follows from them alone. No arguments: Stable Diffusion 1.5's.
@@ -115,8 +113,8 @@ class NoiseSchedule:
     def velocity(self, x0, t, noise):
         """v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho, section 4), what a v-prediction network says.
 
-        Where noise is nearly everything, eps says little about the picture, and v turns into -x_0; where noise is nearly
-        nothing v turns into eps. It is a question worth asking at every t.
+        Where noise is nearly everything, eps says little about the picture, and v turns into -x_0; where noise is
+        nearly nothing v turns into eps. It is a question worth asking at every t.
         """
         abar = self.at(self.alpha_bar, t, x0)
         return abar ** 0.5 * noise - (1 - abar) ** 0.5 * x0
@@ -154,10 +152,7 @@ class NoiseSchedule:
             return [(t, t - self.T // steps) for t in times]       # miss the next entry of the list by one or two
         return list(zip(times, times[1:] + [-1]))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
+# ---- Training --------------------------------------------------------------------------------------------------------
 def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     """Algorithm 1 of DDPM for given t (B,) and noise like x0 (B, ...) -> one loss per example (B,).
 
@@ -171,10 +166,10 @@ def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     loss = F.mse_loss(model(x_t, t).float(), target.float(), reduction="none").flatten(1).mean(1)  # Eq. 14
     if min_snr:
         snr = schedule.snr.to(t.device)[t]
-        # |error in x0|^2 * min(SNR, gamma), with |error in eps|^2 = SNR |.. x0|^2 and |error in v|^2 = (SNR + 1) |.. x0|^2
+        # |error in x0|^2 * min(SNR, gamma), with |error in eps|^2 = SNR |.. x0|^2 and |error in v|^2 = (SNR + 1) |..
+        # x0|^2
         loss = loss * snr.clamp(max=min_snr) / (snr + 1 if v_prediction else snr)
     return loss
-
 
 def loss_by_time(losses, t, T, parts=4):
     """Mean of losses (B,) in each range of times t (B,) that has any: {"t0-249": ..., ...}. Where is the model weak?"""
@@ -182,10 +177,13 @@ def loss_by_time(losses, t, T, parts=4):
     return {f"t{k * T // parts}-{(k + 1) * T // parts - 1}": losses.detach()[which == k].mean()
             for k in range(parts) if (which == k).any()}
 
+def loss_profile(schedule, model, x0, generator, parts=4):
+    """The plain loss of model(x_t, t) on x0 (B, ...) with times spread evenly over [0, T) -> as loss_by_time."""
+    t = (torch.arange(len(x0)) * schedule.T // len(x0)).to(x0.device)
+    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
+    return loss_by_time(diffusion_loss(schedule, model, x0, t, noise), t, schedule.T, parts)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Guidance
-
+# ---- Guidance --------------------------------------------------------------------------------------------------------
 def guide(cond, uncond, w):
     """Classifier-free guidance, w * (cond - uncond) + uncond (Ho & Salimans 2022, Eq. 6, their weight being w - 1).
 
@@ -195,9 +193,19 @@ def guide(cond, uncond, w):
     """
     return w * (cond - uncond) + uncond
 
+def pin(schedule, model, known, mask):
+    """A model that has nothing left to guess where mask (1, 1, h, w) is 0: there the picture is `known` (B, 4, h, w).
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling. Each sampler takes model(x_t, t) -> eps or v with an int t, a start x (B, ...) at the noise level of the first
+    Inpainting with any model, any sampler: of each predicted x_0, the part to keep is put back in its place.
+    """
+    def pinned(x, t):
+        x0, _ = schedule.x0_and_eps(model(x, t).float(), x, t)
+        x0, abar = mask * x0 + (1 - mask) * known, schedule.alpha_bar[t].item()
+        eps = (x - abar ** 0.5 * x0) / (1 - abar) ** 0.5           # Eq. 4 solved for eps
+        return schedule.velocity(x0, t, eps) if schedule.prediction_type == "v_prediction" else eps
+    return pinned
+
+# ---- Sampling. Each sampler takes model(x_t, t) -> eps or v with an int t, a start x (B, ...) at the noise level of the first 
 # t, and times [(t, t_prev), ...] from `timesteps`. It yields (x, x0) after every step: where it is now, and the picture
 # it is heading for. The last x is the result. All arithmetic is float32, whatever the model computes in.
 
@@ -205,7 +213,6 @@ def predict(schedule, model, x, t):
     """Ask the model at (x, t) -> (x0, eps), each like x."""
     x0, eps = schedule.x0_and_eps(model(x, t).float(), x, t)
     return (x0.clamp(-1, 1) if schedule.clip_sample else x0), eps  # clipping is for models of pixels, not of latents
-
 
 def ddpm(schedule, model, x, times, randn=torch.randn_like):
     """Ancestral sampling (DDPM, Algorithm 2): step to a draw from the posterior, as if the guessed x_0 were true."""
@@ -216,7 +223,6 @@ def ddpm(schedule, model, x, times, randn=torch.randn_like):
         # posterior's variance is 0, and noise would stay in the picture. The last step adds none.
         x = mean + variance ** 0.5 * randn(x) if t_prev >= 0 else mean
         yield x, x0
-
 
 def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
     """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
@@ -234,7 +240,6 @@ def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
         if sigma > 0:
             x = x + sigma * randn(x)
         yield x, x0
-
 
 def dpmpp(schedule, model, x, times, randn=None):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM's step, with a guess at where x_0 is moving.
@@ -260,6 +265,5 @@ def dpmpp(schedule, model, x, times, randn=None):
         x = sigma_prev / sigma * x - alpha_prev * math.expm1(-h) * D                               # line 9
         last_x0, last_h = x0, h
         yield x, x0
-
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}

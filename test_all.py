@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import diffusers
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 import ddpm
 import sample
 import train
-from clip_encoder import CLIP, CLIPTextEncoder, contrastive_loss, own_caption_wins, tokenize, train_tokenizer
+from clip_encoder import CLIP, CLIPTextEncoder, contrastive_loss, load_tokenizer, own_caption_wins, tokenize, train_tokenizer
 from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
@@ -170,7 +171,7 @@ def test_text_encoder_equals_transformers(activation):
     config = transformers.CLIPTextConfig(**dict(SMALL_TEXT, hidden_act=activation))
     theirs = shake(transformers.CLIPTextModel(config))
     ours = CLIPTextEncoder.from_config(config.to_dict()).eval()
-    ours.load_state_dict(sample.modern("text_encoder", theirs.state_dict()))
+    ours.load_state_dict(CLIPTextEncoder.current_names(theirs.state_dict()))
     ids = torch.randint(0, 598, (3, 20))
     with torch.no_grad():
         assert relative(ours(ids), theirs(ids).last_hidden_state) < 1e-5
@@ -320,7 +321,7 @@ def test_a_thousand_steps_stay_within_the_schedule():
     for spacing in SPACINGS:
         for sampler in SAMPLERS:
             times = NoiseSchedule(timestep_spacing=spacing).timesteps(1000, sampler)
-            assert all(0 <= t < 1000 for t, _ in times) and len(times) >= 999
+            assert all(0 <= t < 1000 for t, _ in times) and len(times) >= 998
     for steps in (0, -1, 1001):
         with pytest.raises(ValueError, match="steps"):
             NoiseSchedule().timesteps(steps)
@@ -342,7 +343,9 @@ def gaussian_denoiser(schedule, mean, std):
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("sampler, steps", [("ddpm", 1000), ("ddim", 200), ("dpmpp", 50)])
 def test_samplers_return_gaussian_data(sampler, steps, prediction):
-    schedule = NoiseSchedule(prediction_type=prediction, set_alpha_to_one=True, timestep_spacing="trailing")
+    # DDPM's own schedule ends in noise alone. Stable Diffusion's keeps 7 % of the picture, and a start without it shifts
+    # what the deterministic samplers return.
+    schedule = NoiseSchedule(1000, 1e-4, 0.02, "linear", prediction, set_alpha_to_one=True, timestep_spacing="trailing")
     x = torch.randn(20000, 1)
     for x, _ in SAMPLERS[sampler](schedule, gaussian_denoiser(schedule, 0.8, 0.5), x, schedule.timesteps(steps, sampler)):
         pass
@@ -526,7 +529,7 @@ def test_pinning_makes_the_kept_part_exact():
     known, mask = torch.randn(1, 4, 8, 8), torch.zeros(1, 1, 8, 8)
     mask[..., 4:] = 1
     for name, sampler in SAMPLERS.items():
-        model = sample.pin(schedule, lambda x, t: torch.randn_like(x), known, mask)
+        model = ddpm.pin(schedule, lambda x, t: torch.randn_like(x), known, mask)
         for x, _ in sampler(schedule, model, torch.randn(1, 4, 8, 8), schedule.timesteps(20, name)):
             pass
         assert torch.allclose(x[..., :4], known[..., :4], atol=1e-3), name
@@ -537,22 +540,22 @@ def test_pinning_makes_the_kept_part_exact():
 # CLIP and tokenizer.
 
 def test_tokenizer_knows_every_word_and_reads_back(tmp_path):
-    tokenizer = train_tokenizer(["a starry night", "a lake at night"] * 20, vocab_size=560, max_length=16)
+    tokenizer = train_tokenizer(["a starry night", "a lake at night"] * 20, vocab_size=560, max_length=24)
     ids = tokenize(tokenizer, ["a starry night", "Zebra, \u00e9t\u00e9 \U0001f389!"])
-    assert ids.shape == (2, 16) and ids[0, :5].tolist()[0] == tokenizer.bos_token_id
+    assert ids.shape == (2, 24) and ids[0, :5].tolist()[0] == tokenizer.bos_token_id
     assert (ids[0] == tokenizer.eos_token_id).nonzero()[0] == 4    # start, three words of one token each, end
     assert tokenizer.eos_token_id == len(tokenizer) - 1            # the largest id, where CLIP's pooling looks for it
     text = tokenizer.decode(ids[1], skip_special_tokens=True).replace(" ", "")
     assert text == "zebra,\u00e9t\u00e9\U0001f389!"
     long = tokenize(tokenizer, ["night " * 100])
-    assert long.shape == (1, 16) and long[0, -1] == tokenizer.eos_token_id
+    assert long.shape == (1, 24) and long[0, -1] == tokenizer.eos_token_id
     pipe = make_pipeline()
     pipe.tokenizer = tokenizer
     save_pipeline(pipe, str(tmp_path), ["text_encoder"])
-    again = sample.load_tokenizer(str(tmp_path / "tokenizer"))
+    again = load_tokenizer(str(tmp_path / "tokenizer"))
     assert torch.equal(tokenize(again, ["A Starry zebra"]), tokenize(tokenizer, ["a starry zebra"]))
     os.remove(tmp_path / "tokenizer" / "tokenizer.json")           # the older form: vocab.json and merges.txt
-    assert torch.equal(tokenize(sample.load_tokenizer(str(tmp_path / "tokenizer")), ["zebra"]), tokenize(tokenizer, ["zebra"]))
+    assert torch.equal(tokenize(load_tokenizer(str(tmp_path / "tokenizer")), ["zebra"]), tokenize(tokenizer, ["zebra"]))
 
 
 class FixedCLIP:
@@ -628,20 +631,23 @@ def test_unet_learns_and_follows_its_prompt(prediction):
     context = torch.eye(2)[:, None].expand(2, 3, 2).repeat(1, 1, 6)                # (2, 3, 12)
     schedule = NoiseSchedule(prediction_type=prediction, set_alpha_to_one=True)
     unet = UNet(block_out_channels=(32, 32), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), layers_per_block=1,
-                attention_head_dim=2, cross_attention_dim=12, norm_num_groups=8)
+                attention_head_dim=2, cross_attention_dim=12, norm_num_groups=8, addition_embed_type="text",
+                addition_embed_type_num_heads=2)
 
     def loss_of(g):
         which = torch.randint(0, 2, (16,), generator=g)
         t = torch.randint(0, 1000, (16,), generator=g)
         noise = torch.randn(16, 4, 8, 8, generator=g)
         return diffusion_loss(schedule, lambda x, t: unet(x, t, context[which]), x0[which], t, noise).mean()
-    first, last = optimize(unet, loss_of, 150, 3e-3)
-    assert first > 0.6 and last < 0.15, (first, last)
+    first, last = optimize(unet, loss_of, 200, 3e-3)
+    assert first > 0.6 and last < 0.15, (first, last)              # saying "no noise" costs 1, in either prediction
     with torch.no_grad():
-        for z, _ in ddpm.dpmpp(schedule, lambda x, t: unet(x, torch.full((2,), t), context), torch.randn(2, 4, 8, 8),
-                               schedule.timesteps(10, "dpmpp")):
+        # From the middle of the way, where a blank picture is mostly noise, and the prompt must decide.
+        times = [pair for pair in schedule.timesteps(20, "dpmpp") if pair[0] < 700]
+        start = schedule.q_sample(torch.zeros(2, 4, 8, 8), times[0][0], torch.randn(1, 4, 8, 8))
+        for z, _ in ddpm.dpmpp(schedule, lambda x, t: unet(x, torch.full((2,), t), context), start, times):
             pass
-    assert (z - x0).abs().mean() < 0.25, (z - x0).abs().mean()
+    assert (z[0] - z[1]).mean() > 0.3, z.mean(dim=(1, 2, 3))      # all but the prompt is the same for both
 
 
 def test_gradient_checkpoints_change_nothing():
@@ -687,7 +693,7 @@ def test_captions_say_what_is_there():
     for i in range(300):
         (sky, terrain, place, extras), caption, _ = scenes.plan(i)
         for side in ("left", "right"):
-            assert side not in caption or side == place
+            assert f"the {side}" not in caption or side == place
         assert ("moon" in caption) <= (sky == "night") and ("sun " in caption) <= (sky not in ("night", "storm"))
         for words, extra in (("lake", "lake"), ("pine trees", "pines"), ("mist", "mist"), ("snow", "snow")):
             assert (words in caption) <= (extra in extras)
@@ -763,7 +769,7 @@ def test_kept_rows_are_computed_once(tmp_path):
         asked.extend(rows)
         return torch.tensor(rows)[:, None].float() * 10
     kept = train.Kept(50, (1,), torch.float32, compute, str(tmp_path))
-    assert kept([3, 4, 3]).flatten().tolist() == [30, 40, 30] and kept([4, 5]).flatten().tolist() == [40, 50]
+    assert kept[[3, 4, 3]].flatten().tolist() == [30, 40, 30] and kept[[4, 5]].flatten().tolist() == [40, 50]
     assert asked == [3, 4, 5] and os.listdir(tmp_path) == []
 
 
@@ -845,7 +851,7 @@ def trained(tmp_path_factory):
 
 
 def test_train_then_sample_then_diffusers(trained):
-    for name in ("model_index.json", "samples/vae-000001.png", "samples/unet-000004.png", "loss-unet.png", "train_state/unet.pt"):
+    for name in ("model_index.json", "samples/vae-000002.png", "samples/unet-000004.png", "loss-unet.png", "train_state/unet.pt"):
         assert (trained / "out" / name).exists(), name
     rows = [json.loads(line) for line in open(trained / "out" / "log-unet.jsonl")]
     assert rows[-1]["step"] == 4 and all(math.isfinite(row["loss"]) for row in rows)
@@ -882,6 +888,66 @@ def test_stages_run_apart_and_eval_measures(trained, tmp_path):
     assert load_pipeline(str(tmp_path / "tuned")).schedule.prediction_type == "v_prediction"
 
 
+
+
 def test_resumed_weights_equal_uninterrupted_ones(trained, tmp_path):
-    half = [2 if value == 4 and flag == "--steps" else value for flag, value in zip([None] + TINY_RUN, TINY_RUN)]
-    assert half != TINY_RUN
+    """Killed on the way and resumed: bit for bit the weights of the run that was let finish, in every stage."""
+    command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, TINY_RUN), "--steps", "20", "--out"]
+    assert subprocess.run([*command, str(tmp_path / "whole")], stderr=subprocess.DEVNULL).returncode == 0
+    for stage in ("vae", "unet"):
+        process = subprocess.Popen([*command, str(tmp_path / "broken"), "--resume"], stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (tmp_path / f"broken/train_state/{stage}.pt").exists():
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+        saved = torch.load(tmp_path / f"broken/train_state/{stage}.pt", weights_only=True)["step"]
+        assert saved < (13 if stage == "vae" else 20)              # it was indeed stopped on the way
+    assert subprocess.run([*command, str(tmp_path / "broken"), "--resume"], stderr=subprocess.DEVNULL).returncode == 0
+    whole, broken = (load_pipeline(str(tmp_path / name)) for name in ("whole", "broken"))
+    for part in ("vae", "text_encoder", "unet"):
+        assert same_weights(getattr(whole, part), getattr(broken, part)), part
+
+
+@pytest.mark.parametrize("script, arguments, flag", [
+    ("train.py", ["--data", "nowhere"], "--data"), ("train.py", ["--steps", "0"], "--steps"),
+    ("train.py", ["--lr", "nan"], "--lr"), ("train.py", ["--image-size", "30"], "--image-size"),
+    ("train.py", ["--batch-size", "6", "--grad-accum", "4"], "--grad-accum"), ("train.py", ["--init", "nowhere"], "nowhere"),
+    ("train.py", ["--stage", "eval", "--out", "empty"], "--stage vae"), ("train.py", ["--preset", "huge"], "--preset"),
+    ("sample.py", ["x"], "python train.py"), ("sample.py", ["x", "--model", "nowhere"], "nowhere"),
+    ("sample.py", ["x", "--model", "MODEL", "--steps", "0"], "--steps"), ("sample.py", [], "PROMPT"),
+    ("sample.py", ["x", "--model", "MODEL", "--steps", "1001"], "--steps"),
+    ("sample.py", ["x", "--model", "MODEL", "--init-image", "nowhere.png"], "--init-image"),
+    ("sample.py", ["x", "--model", "MODEL", "--mask", "MODEL/model_index.json"], "--mask"),
+    ("sample.py", ["x", "--model", "MODEL", "--strength", "2"], "--strength"),
+    ("sample.py", ["x", "--model", "MODEL", "--guidance", "nan"], "--guidance"),
+    ("sample.py", ["x", "--model", "MODEL", "--height", "-8"], "--height"),
+    ("sample.py", ["x", "--model", "MODEL", "--output", "nowhere/x.png"], "--output"),
+    ("sample.py", ["x", "--model", "MODEL", "--output", "x.what"], "--output")])
+def test_bad_input_ends_with_status_2_and_names_the_flag(saved, tmp_path, script, arguments, flag):
+    status, out, err = run(script, *[a.replace("MODEL", saved) for a in arguments], cwd=tmp_path)
+    last = err.strip().splitlines()[-1]
+    assert status == 2 and flag in last and "Traceback" not in err, err
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py"])
+def test_help_does_not_load_torch(script):
+    program = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\n" \
+              "except SystemExit: print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, text=True, stdout=subprocess.PIPE)
+    assert "usage:" in done.stdout and done.stdout.strip().endswith("False")
+
+
+def test_training_is_the_same_in_parts(tmp_path):
+    """--grad-accum and --grad-checkpoint change memory, not the result beyond rounding."""
+    unets = []
+    for extra in ([], ["--grad-accum", 2], ["--grad-checkpoint"]):
+        status, _, err = run("train.py", *TINY_RUN, "--out", tmp_path / "out", *extra)
+        assert status == 0, err
+        unets.append(load_pipeline(str(tmp_path / "out")).vae)
+    for other in unets[1:]:
+        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(unets[0].state_dict().values(), other.state_dict().values()))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))

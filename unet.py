@@ -33,10 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vae import Attention, Downsample, ResnetBlock, Upsample, attend, supported
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-
+# ---- Time ------------------------------------------------------------------------------------------------------------
 def timestep_embedding(t, dim):
     """t (B,) -> (B, dim): cosines and sines at dim/2 frequencies, from 1 to 1/10000 (Vaswani et al. 2017, section 3.5).
 
@@ -48,7 +45,6 @@ def timestep_embedding(t, dim):
     angles = t[:, None].float() * frequencies                      # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
-
 class TimestepEmbedding(nn.Module):
     """Two layers that turn the clock (B, dim) into features (B, T) for all residual blocks."""
 
@@ -59,7 +55,6 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, x):
         return self.linear_2(F.silu(self.linear_1(x)))
-
 
 class AttentionPooling(nn.Module):
     """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says."""
@@ -80,7 +75,6 @@ class AttentionPooling(nn.Module):
         y = attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x)))
         return y.transpose(1, 2).reshape(B, D)
 
-
 class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
 
@@ -98,10 +92,7 @@ class TextTimeEmbedding(nn.Module):
     def forward(self, context):
         return self.norm2(self.proj(self.pool(self.norm1(context))))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
+# ---- Text ------------------------------------------------------------------------------------------------------------
 class GEGLU(nn.Module):
     """value * gelu(gate): what to say, and how much of it (Shazeer 2020). (B, N, C) -> (B, N, inner)."""
 
@@ -113,7 +104,6 @@ class GEGLU(nn.Module):
         value, gate = self.proj(x).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
-
 class FeedForward(nn.Module):
     """Each token thinks for itself: widen fourfold, gate, narrow again. (B, N, C) -> (B, N, C)."""
 
@@ -124,7 +114,6 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         return self.net[2](self.net[0](x))
-
 
 class TransformerBlock(nn.Module):
     """Pixels look at each other, then at the words, then think. (B, N, C), (B, M, D) -> (B, N, C)."""
@@ -142,7 +131,6 @@ class TransformerBlock(nn.Module):
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)                 # the prompt enters the picture on this line
         return x + self.ff(self.norm3(x))
-
 
 class SpatialTransformer(nn.Module):
     """A picture (B, C, h, w) as a sequence of h*w tokens, through a transformer block, added back to the picture."""
@@ -170,10 +158,7 @@ class SpatialTransformer(nn.Module):
         y = tokens.view(B, h, w, C).permute(0, 3, 1, 2)
         return x + (y if self.linear else self.proj_out(y))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Down, middle, up
-
+# ---- Down, middle, up ------------------------------------------------------------------------------------------------
 class DownBlock(nn.Module):
     """One resolution on the way down: (R [T]) * layers, then halve. Returns what goes on, and every skip."""
 
@@ -197,7 +182,6 @@ class DownBlock(nn.Module):
             skips.append(x)
         return x, skips
 
-
 class MidBlock(nn.Module):
     """The coarsest view: R T R."""
 
@@ -208,7 +192,6 @@ class MidBlock(nn.Module):
 
     def forward(self, x, temb, context):
         return self.resnets[1](self.attentions[0](self.resnets[0](x, temb), context), temb)
-
 
 class UpBlock(nn.Module):
     """One resolution on the way up: take a skip, R [T], for every skip of this level; then double."""
@@ -229,16 +212,14 @@ class UpBlock(nn.Module):
                 x = self.attentions[i](x, context)
         return self.upsamplers[0](x, size) if hasattr(self, "upsamplers") else x
 
-
 # What train.py builds, see its --preset.
 UNET_SIZES = {
-    "tiny": dict(block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
-                 down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    "tiny": dict(block_out_channels=(64, 128), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
                  addition_embed_type="text", addition_embed_type_num_heads=4),
     "base": dict(block_out_channels=(128, 256, 512), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
                  addition_embed_type="text", addition_embed_type_num_heads=8),
     "sd15": {}}
-
 
 class UNet(nn.Module):
     """The noise predictor. `UNet()` is Stable Diffusion 1.5's; `from_config` takes any published unet/config.json.
@@ -322,6 +303,11 @@ class UNet(nn.Module):
     def to_config(self):
         """The dict that belongs in unet/config.json, in diffusers' words."""
         return {"_class_name": "UNet2DConditionModel", **self.config}
+
+    @staticmethod
+    def current_names(state):
+        """Published weights (a dict) under the names used here: they always were the same."""
+        return state
 
     def set_grad_checkpoint(self, on=True):
         """Trade time for memory: forget activations inside each block and compute them again for the backward pass."""
