@@ -86,7 +86,7 @@ class SelfAttention(nn.Module):
         def split(y):                                              # (B, T, D) -> (B, nh, T, hs)
             return y.view(B, T, self.heads, D // self.heads).transpose(1, 2)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))   # (B, nh, T, T)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)                  # (B, nh, T, T)
         if self.causal:
             # The future gets probability exp(-inf) = 0. Padding comes last, so this alone hides it from the words, and
             # the published models have no other mask.
@@ -187,7 +187,8 @@ class CLIPTextEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config):
-        """From a published text_encoder/config.json (dict). ValueError names a key that asks for something else."""
+        """From a published text_encoder/config.json (dict), or a whole CLIP's. ValueError names a key that is amiss."""
+        config = config.get("text_config", config)
         return cls(**known(config, cls, "clip_text_model", dict(
             hidden_size=512, intermediate_size=2048, num_attention_heads=8, hidden_act="quick_gelu")))
 
@@ -197,9 +198,11 @@ class CLIPTextEncoder(nn.Module):
 
     @staticmethod
     def current_names(state):
-        """Published weights (a dict) under the names used here: some lack the prefix, some hold a table 0, 1, 2, ..."""
+        """Published weights (a dict) under the names used here: some lack the prefix, some hold a table 0, 1, 2, ...,
+        some are a whole CLIP's."""
+        other = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
         return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()
-                if not k.endswith("position_ids")}
+                if not k.endswith("position_ids") and not k.startswith(other)}
 
     def forward(self, ids):
         return self.text_model(ids)

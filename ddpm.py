@@ -1,12 +1,12 @@
 """Diffusion: how noise is added, why predicting it is enough to generate, and three ways to walk back.
 
-    symbol                  name here        what it is                                                      paper
-    beta_t                  beta             variance of the noise added at step t                           DDPM 2
-    alpha_t                 alpha            1 - beta_t                                                      DDPM 2
-    abar_t                  alpha_bar        alpha_1 * ... * alpha_t: how much signal power is left          DDPM 2
-    q(x_t | x_{t-1})        -                N(sqrt(alpha_t) x_{t-1}, beta_t I)                              DDPM Eq. 2
-    q(x_t | x_0)            q_sample         N(sqrt(abar_t) x_0, (1 - abar_t) I)                             DDPM Eq. 4
-    q(x_{t-1} | x_t, x_0)   posterior        N(mu~_t, beta~_t I)                                             DDPM Eq. 6-7
+    symbol                  name here        what it is                                                   paper
+    beta_t                  beta             variance of the noise added at step t                        DDPM 2
+    alpha_t                 alpha            1 - beta_t                                                   DDPM 2
+    abar_t                  alpha_bar        alpha_1 * ... * alpha_t: how much signal power is left       DDPM 2
+    q(x_t | x_{t-1})        -                N(sqrt(alpha_t) x_{t-1}, beta_t I)                           DDPM Eq. 2
+    q(x_t | x_0)            q_sample         N(sqrt(abar_t) x_0, (1 - abar_t) I)                          DDPM Eq. 4
+    q(x_{t-1} | x_t, x_0)   posterior        N(mu~_t, beta~_t I)                                          DDPM Eq. 6-7
     SNR(t)                  snr              abar_t / (1 - abar_t)
 
 The forward process drowns a picture in noise, a little at every step, and needs no learning. Its closed form (Eq. 4)
@@ -16,14 +16,15 @@ guesses x_0, or what is the same by Eq. 4, the noise eps, and we step with the g
 
 Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
 posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a
-weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2 (Eq.
-12). Setting all weights to 1 gives the simple loss (Eq. 14), which spends more on large t, where the picture is
+weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2
+(Eq. 12). Setting all weights to 1 gives the simple loss (Eq. 14), which spends more on large t, where the picture is
 decided, and draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
-(cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" there is no noise, alpha_bar = 1. Letters: B
-batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w). Read next: unet.py.
+(cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" there is no noise, alpha_bar = 1.
+Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
+Read next: unet.py.
 """
 import math
 
@@ -85,7 +86,7 @@ class NoiseSchedule:
     def to_config(self):
         """The dict that belongs in scheduler/scheduler_config.json, in diffusers' words."""
         config = {k: v for k, v in self.config.items() if v is not None}
-        return {"_class_name": "DDIMScheduler", **config, "trained_betas": None}
+        return {"_class_name": "DDIMScheduler", **config, "prediction_type": self.prediction_type}
 
     def at(self, table, t, x):
         """table[t] shaped to multiply x: t an int -> a number; t (B,) -> (B, 1, ..., 1) on x's device."""
@@ -101,8 +102,8 @@ class NoiseSchedule:
     def posterior(self, x0, x_t, t, t_prev):
         """Mean and variance of q(x_prev | x_t, x_0), Bayes' rule for two Gaussians (DDPM, Eq. 6 and 7).
 
-        t_prev < t is where to go, negative for the very end. With t_prev = t - 1 this is the paper's; a longer stride is
-        the same formula, with alpha = abar_t / abar_prev for all the steps in between.
+        t_prev < t is where to go, negative for the very end. With t_prev = t - 1 this is the paper's; a longer stride
+        is the same formula, with alpha = abar_t / abar_prev for all the steps in between.
         """
         abar, abar_prev = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
         alpha = abar / abar_prev
@@ -157,8 +158,8 @@ def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     """Algorithm 1 of DDPM for given t (B,) and noise like x0 (B, ...) -> one loss per example (B,).
 
     model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None is the plain Eq. 14.
-    In eps terms Eq. 14 asks for 10,000 times more accuracy in x_0 at small t than at large t, and the steps fight over
-    the network. Min-SNR counts an error in x_0 with weight min(SNR, gamma) instead (their Eq. 8).
+    In Eq. 14 an error in x_0 counts SNR(t) times, as Eq. 4 says: 1,175 at the first t and 0.005 at the last, and the
+    times fight over the network. Min-SNR counts it min(SNR(t), gamma) times (Hang et al., section 3).
     """
     x_t = schedule.q_sample(x0, t, noise)                                                          # Eq. 4
     v_prediction = schedule.prediction_type == "v_prediction"
@@ -166,8 +167,7 @@ def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     loss = F.mse_loss(model(x_t, t).float(), target.float(), reduction="none").flatten(1).mean(1)  # Eq. 14
     if min_snr:
         snr = schedule.snr.to(t.device)[t]
-        # |error in x0|^2 * min(SNR, gamma), with |error in eps|^2 = SNR |.. x0|^2 and |error in v|^2 = (SNR + 1) |..
-        # x0|^2
+        # An error e in x_0 is an error of sqrt(SNR) e in eps, and of sqrt(SNR + 1) e in v.
         loss = loss * snr.clamp(max=min_snr) / (snr + 1 if v_prediction else snr)
     return loss
 
@@ -205,9 +205,10 @@ def pin(schedule, model, known, mask):
         return schedule.velocity(x0, t, eps) if schedule.prediction_type == "v_prediction" else eps
     return pinned
 
-# ---- Sampling. Each sampler takes model(x_t, t) -> eps or v with an int t, a start x (B, ...) at the noise level of the first 
-# t, and times [(t, t_prev), ...] from `timesteps`. It yields (x, x0) after every step: where it is now, and the picture
-# it is heading for. The last x is the result. All arithmetic is float32, whatever the model computes in.
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+# Each sampler takes model(x_t, t) -> eps or v with an int t, a start x (B, ...) at the noise level of the first t, and
+# times [(t, t_prev), ...] from `timesteps`. It yields (x, x0) after every step: where it is now, and the picture it is
+# heading for. The last x is the result. All arithmetic is float32, whatever the model computes in.
 
 def predict(schedule, model, x, t):
     """Ask the model at (x, t) -> (x0, eps), each like x."""
@@ -228,7 +229,7 @@ def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
     """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
 
     Training (Eq. 14) never saw q(x_t | x_{t-1}), only q(x_t | x_0), so any process with those marginals may walk back.
-    This one needs no fresh noise (eta = 0): long strides work, and the start alone decides the picture. eta = 1 is DDPM.
+    This one needs no fresh noise (eta = 0): long strides work, the start alone decides the picture. eta = 1 is DDPM.
     """
     end = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar[0].item()
     for t, t_prev in times:
@@ -236,6 +237,7 @@ def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
         abar = schedule.alpha_bar[t].item()
         abar_prev = schedule.alpha_bar[t_prev].item() if t_prev >= 0 else end
         sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))             # Eq. 16
+        sigma = sigma if t_prev >= 0 else 0.0                                                      # no noise at the end
         x = abar_prev ** 0.5 * x0 + (1 - abar_prev - sigma ** 2) ** 0.5 * eps                      # Eq. 12
         if sigma > 0:
             x = x + sigma * randn(x)
@@ -261,8 +263,8 @@ def dpmpp(schedule, model, x, times, randn=None):
             return
         (_, sigma, lam), (alpha_prev, sigma_prev, lam_prev) = level(t), level(t_prev)
         h = lam_prev - lam
-        D = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)                      # line 8: to mid-step
-        x = sigma_prev / sigma * x - alpha_prev * math.expm1(-h) * D                               # line 9
+        D = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)      # to mid-step
+        x = sigma_prev / sigma * x - alpha_prev * math.expm1(-h) * D
         last_x0, last_h = x0, h
         yield x, x0
 

@@ -157,15 +157,14 @@ def locate(model):
     if os.path.isdir(model):
         return model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
-        hint = "; train one with `python train.py`" if model == "out" else ""
-        raise BadInput(f"--model {model}: there is no such model folder{hint}")
+        raise BadInput(f"{model}: no such model folder; `python train.py` makes one, or --stage vae, clip, unet in turn")
     from huggingface_hub import snapshot_download
     try:
         return snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.safetensors"],
                                  ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*", "v1-5*", "v2-1*"])
     except Exception as e:
         why = (str(e) or type(e).__name__).splitlines()[0]
-        raise BadInput(f"--model {model}: no folder here, and not to be had from the hub ({why})") from None
+        raise BadInput(f"{model}: no folder here, and not to be had from the hub ({why})") from None
 
 def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS):
     """A folder in diffusers' layout, or a hub id -> Pipeline, with only some parts if asked. Raises BadInput.
@@ -212,9 +211,12 @@ def save_pipeline(pipe, folder, parts=PARTS):
     if "text_encoder" in parts:
         pipe.tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
         pipe.tokenizer.backend_tokenizer.model.save(os.path.join(folder, "tokenizer"))     # vocab.json and merges.txt
+    if "unet" not in parts:                                        # the schedule belongs to it
+        return
     save_json(os.path.join(folder, "scheduler", "scheduler_config.json"), pipe.schedule.to_config())
     save_json(os.path.join(folder, "model_index.json"), {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0",
+        "_class_name": f"StableDiffusion{'Inpaint' * (pipe.unet.config['in_channels'] == 9)}Pipeline",
+        "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
@@ -263,8 +265,9 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
     inpainting_model = config["in_channels"] == 9                  # one that sees mask and surroundings as inputs
-    for flag, value, low, high in (("steps", steps, 1, schedule.T), ("num-images", num_images, 1, 10 ** 6),
-                                   ("strength", strength, 1e-6, 1), ("guidance", guidance, -1e3, 1e3)):
+    for flag, value, low, high in (
+            ("steps", steps, 1, schedule.T), ("num-images", num_images, 1, 10 ** 6), ("seed", seed, 0, 10 ** 15),
+            ("strength", strength, 1e-6, 1), ("guidance", guidance, -99, 99)):
         if not low <= value <= high:
             raise BadInput(f"--{flag} {value} is not between {low} and {high}")
     if mask_image is not None and init_image is None or inpainting_model and mask_image is None:
@@ -354,20 +357,14 @@ def open_picture(path, flag):
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadInput(f"{flag} {path} is not a readable picture ({e})") from None
 
-def save_picture(picture, path, **options):
-    """Write a PIL picture; BadInput where that cannot be."""
-    try:
-        picture.save(path, **options)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"--output {path} cannot be written: {e}") from None
-
 def main(args):
     device, dtype = pick_device(args.device, args.dtype)
     init = open_picture(args.init_image, "--init-image") if args.init_image else None
     mask = open_picture(args.mask, "--mask") if args.mask else None
     stem, ext = os.path.splitext(args.output)
-    if ext.lower() not in Image.registered_extensions():
-        raise BadInput(f"--output {args.output}: a name that ends like a picture's, such as .png, is needed")
+    known = Image.registered_extensions().get(ext.lower()) in Image.SAVE and ext.lower() != ".gif"
+    if not known or not os.path.isdir(os.path.dirname(stem) or "."):
+        raise BadInput(f"--output {args.output}: it takes an existing folder and a name that ends like .png")
     pipe = load_pipeline(args.model, device, dtype)
     if args.compile:
         pipe.unet.compile()
@@ -381,20 +378,20 @@ def main(args):
         info.add_itxt("parameters", f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\nSteps: "
                       f"{args.steps}, Sampler: {sampler}, CFG scale: {args.guidance:g}, Seed: "
                       f"{args.seed + k}, Size: {picture.width}x{picture.height}, Model: {pipe.name}")
-        save_picture(picture, name, **({"pnginfo": info} if ext.lower() == ".png" else {}))
+        picture.save(name, **({"pnginfo": info} if ext.lower() == ".png" else {}))
     if len(pictures) > 1:
-        save_picture(grid(pictures), args.output)
+        grid(pictures).save(args.output)
         names.insert(0, args.output)
     if args.gif:
         names.append(f"{stem}.gif")
         with torch.inference_mode():                               # what each step foresaw, of the first few pictures
-            movie = [grid(decode(pipe, x0)) for x0 in frames if len(x0) == len(frames[0])][: args.steps]
-        save_picture(movie[0], names[-1], save_all=True, append_images=movie[1:] + movie[-1:] * 10, duration=100)
+            movie = [grid(decode(pipe, x0)) for x0 in frames[: len(frames) // -(-len(pictures) // len(frames[0]))]]
+        movie[0].save(names[-1], save_all=True, append_images=movie[1:] + movie[-1:] * 10, duration=100, loop=0)
     print("\n".join(names))
 
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except BadInput as e:
+    except (BadInput, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -9,11 +9,10 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given the time and the text. Meanwhile
 OUT/samples/ fills with reconstructions under their originals and with samples for fixed prompts; loss-STAGE.png and
 log-STAGE.jsonl show the losses. The U-Net's is flat by nature, since most noise cannot be guessed: trust the samples,
-and the loss in each range of t. OUT itself is the model, for sample.py and for diffusers. Before this file: sample.py.
+and the loss in each range of t. OUT itself is the model, for sample.py and diffusers. Before this file: sample.py.
 """
 import argparse
 import sys
-
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -49,8 +48,6 @@ def parse_args():
         low = 0 if flag in ("seed", "workers", "min_snr") else 1e-9
         if type(value) in (int, float) and not low <= value < 1e12:
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'0 or ' * (low == 0)}above 0")
-    args.image_size = args.image_size or PRESETS[args.preset]["image_size"]
-    args.max_images = args.max_images or PRESETS[args.preset].get("max_images")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
 
@@ -65,8 +62,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from clip_encoder import build_clip, contrastive_loss, own_caption_wins, tokenize
 from ddpm import NoiseSchedule, diffusion_loss, loss_by_time, loss_profile
-from sample import (BadInput, Pipeline, encode_prompts, generate, grid, load_part, load_pipeline, load_text_encoder,
-                    open_picture, picture_to_tensor, pick_device, save_module, save_pipeline,
+from sample import (PARTS, BadInput, Pipeline, encode_prompts, generate, grid, load_part, load_pipeline,
+                    load_text_encoder, open_picture, picture_to_tensor, pick_device, save_module, save_pipeline,
                     tensor_to_pictures, write_beside)
 from unet import UNET_SIZES, UNet
 from vae import VAE, DiagonalGaussian, as_pictures, optimizers, psnr, vae_loss, vae_sizes
@@ -221,16 +218,16 @@ class ImageFolder:
             raise BadInput(f"--data {root}: there is no such folder")
         known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
-                       for name in names if os.path.splitext(name)[1].lower() in known)
+                       for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in known)
         if not paths:
             raise BadInput(f"--data {root}: there is no picture in it (.png, .jpg, .webp, ...)")
         self.root, self.image_size, self.table = root, image_size, {}
         self.paths = [p for k, p in enumerate(paths) if len(paths) < 20 or (k % 20 == 10) == (split == "val")]
         for path in filter(os.path.exists, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
             try:
-                with open(path, encoding="utf-8", newline="") as f:
+                with open(path, encoding="utf-8-sig", newline="") as f:
                     rows = csv.DictReader(f) if path.endswith("csv") else map(json.loads, filter(str.strip, f))
-                    self.table |= {os.path.normpath(row["file_name"]): str(row["text"]) for row in rows}
+                    self.table |= {os.path.normpath(row["file_name"]): str(row["text"] or "") for row in rows}
             except (OSError, ValueError, KeyError, TypeError) as e:
                 raise BadInput(f"{path}: each line needs file_name and text ({type(e).__name__} {e})") from None
 
@@ -244,7 +241,7 @@ class ImageFolder:
             return self.table[self.paths[i]]
         for beside in (os.path.join(self.root, stem + ext) for ext in (".txt", ".caption")):
             if os.path.exists(beside):
-                return open(beside, encoding="utf-8", errors="replace").read().strip()
+                return open(beside, encoding="utf-8-sig", errors="replace").read().strip()
         folder, name = os.path.split(stem)
         return (os.path.basename(folder) or name).replace("_", " ").replace("-", " ")
 
@@ -253,13 +250,13 @@ class ImageFolder:
         return picture_to_tensor(picture, self.image_size, self.image_size)[0], self.caption(i)
 
 class Kept:
-    """kept[indices] -> rows (B, *shape), each computed when first asked for, then kept in a file that is mapped into
-    memory: training starts at once, nothing is computed twice, and nothing need fit in memory. Processes that fork
-    share what they keep. The file goes with the process; beyond 8 GiB nothing is kept."""
+    """kept[indices] -> rows (B, *shape), each computed when first asked for, then kept in a memory-mapped file for as
+    long as the process lives (beyond 8 GiB, not kept): training starts at once, and nothing need fit in memory."""
 
     def __init__(self, n, shape, dtype, compute, folder, block=1):
-        self.compute, self.block, self.rows = compute, block, None # `block` neighbours are computed together, so that
-        self.done = torch.zeros(n, dtype=torch.bool).share_memory_()               # who asks first changes no bit of them
+        # `block` neighbours are computed together, so that who asks first changes no bit; forked processes share them
+        self.compute, self.block, self.rows = compute, block, None
+        self.done = torch.zeros(n, dtype=torch.bool).share_memory_()
         if n * math.prod(shape) * dtype.itemsize < 2 ** 33:
             path = f"{folder}/.kept-{os.getpid()}-{id(self)}"
             self.rows = torch.from_file(path, shared=True, size=n * math.prod(shape), dtype=dtype).view(n, *shape)
@@ -278,8 +275,9 @@ def open_data(args, split):
     """The data set, with what the stages want of it: n, captions, and pixels[indices] -> bytes (B, 3, S, S)."""
     S = args.image_size
     data = Landscapes(S, split) if args.data == "landscapes" else ImageFolder(args.data, S, split)
-    data.n = min(len(data), args.max_images or len(data))
+    data.n = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
     data.captions = [data.caption(i) for i in range(data.n)]
+    os.makedirs(f"{args.out}/samples", exist_ok=True)
     def read(indices):
         return torch.stack([((data[i][0] + 1) * 127.5).round().byte() for i in indices])
     data.pixels = Kept(data.n, (3, S, S), torch.uint8, read, args.out)
@@ -293,30 +291,33 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
     if args.steps:                                                 # with --stage all, other stages keep in proportion
         steps = max(1, args.steps * steps // unet_steps) if args.stage == "all" else args.steps
-    batch_size, peak, device = args.batch_size or batch_size, args.lr or peak, args.device
+    batch_size, device = args.batch_size or batch_size, args.device
+    peak = args.lr or (1e-5 if args.init else peak)                # a trained model is to be changed, not shaken
     size = batch_size // args.grad_accum
     if size * args.grad_accum != batch_size:
         raise BadInput(f"--grad-accum {args.grad_accum} does not divide the batch size, {batch_size}")
     model.requires_grad_(True).train().to(device)
-    average = copy.deepcopy(model).requires_grad_(False).eval()
-    muon, adamw = optimizers(model)                                # see vae.py
+    average, (muon, adamw) = copy.deepcopy(model).requires_grad_(False).eval(), optimizers(model)      # see vae.py
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == torch.float16)
     state = {"model": model, "average": average, "muon": muon, "adamw": adamw, "scaler": scaler}
     path, log, start = f"{args.out}/train_state/{stage}.pt", f"{args.out}/log-{stage}.jsonl", 0
     if args.resume and os.path.exists(path):
         saved = torch.load(path, map_location=device, weights_only=True)
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        start = saved["step"]
+        try:
+            start = [part.load_state_dict(saved[name]) for name, part in state.items()] and saved["step"]
+        except (RuntimeError, ValueError, KeyError):
+            raise BadInput(f"--resume: {path} was made with other settings") from None
     if args.compile:
         model.compile()
     @functools.lru_cache(2)
     def order(epoch):
         return torch.randperm(data.n, generator=torch.Generator().manual_seed(1000 * args.seed + epoch)).tolist()
     def batches():                                                 # of indices: a matter of the seed and the step alone
-        for first in range(start * batch_size, steps * batch_size, size):
-            yield [order(p // data.n)[p % data.n] for p in range(first, first + size)]
-    ready = DataLoader(pixels, None, sampler=batches(), num_workers=args.workers) if pixels else repeat(None)
+        for k in range(start * batch_size, steps * batch_size, size):
+            yield [order(p // data.n)[p % data.n] for p in range(k, k + size)]
+    workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
+    ready = repeat(None) if pixels is None else DataLoader(
+        pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
     supply, sums, began = zip(batches(), ready), {}, time.time()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=1)
     with open(log, "a" if start else "w", 1) as log_file:
@@ -362,8 +363,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
 
 def plot(log, path, W=640, H=360):
     """The losses of a log file as a curve, on a logarithmic scale."""
-    with open(log) as f:
-        rows = [json.loads(line) for line in f]
+    rows = [json.loads(line) for line in open(log)]
     ys = [math.log10(max(row["loss"], 1e-9)) for row in rows]
     last, low, high = rows[-1]["step"], min(ys), max(ys) + 1e-6
     sheet = Image.new("RGB", (W, H), "white")
@@ -382,7 +382,7 @@ def train_vae(pipe, data, val, args):
     """Stage 1: pictures -> latents -> pictures. Sets pipe.vae."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
-    unseen = as_pictures(val.pixels[list(range(min(val.n, 64)))], args.device)
+    unseen = as_pictures(val.pixels[list(range(min(val.n, max(8, 2 ** 18 // args.image_size ** 2))))], args.device)
     def loss_of(vae, pixels, indices, generator):
         return vae_loss(vae, as_pictures(pixels, args.device), generator=generator)
     @torch.no_grad()
@@ -414,6 +414,9 @@ def train_unet(pipe, data, val, args):
     vae, schedule, device, side = pipe.vae, pipe.schedule, args.device, args.image_size // pipe.vae.f
     width, length = (pipe.text_encoder.config[key] for key in ("hidden_size", "max_position_embeddings"))
     unet = pipe.unet or UNet(**UNET_SIZES[args.preset], cross_attention_dim=width, sample_size=side)
+    if unet.config["cross_attention_dim"] != width or unet.config["in_channels"] != unet.config["out_channels"]:
+        raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
+    unet.config["sample_size"] = side                              # what sample.py will draw by default
     unet.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
     texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for the forgotten ones
@@ -449,8 +452,8 @@ def train_unet(pipe, data, val, args):
 @torch.no_grad()
 def evaluate(pipe, data, val, args, n=100):
     """Print how good the model is, by pictures that training never saw and with the CLIP as judge."""
-    few, generator = list(range(min(val.n, 256))), torch.Generator().manual_seed(0)
-    x = as_pictures(val.pixels[few], args.device)
+    few = list(range(min(val.n, max(8, 2 ** 20 // args.image_size ** 2))))
+    x, generator = as_pictures(val.pixels[few], args.device), torch.Generator().manual_seed(0)
     print(f"reconstruction PSNR     {psnr(pipe.vae, x):.1f} dB")
     x0 = pipe.vae.scaling_factor * pipe.vae.encode(x).sample(generator)
     context = encode_prompts(pipe, val.captions[:len(x)])
@@ -462,39 +465,36 @@ def evaluate(pipe, data, val, args, n=100):
     drawn = generate(pipe, captions)
     save_sheet(drawn, 10, args, "eval")
     drawn = torch.cat([picture_to_tensor(picture, *picture.size[::-1]) for picture in drawn])
-    real = as_pictures(val.pixels[chosen], args.device)
-    for name, kind, x in (("CLIP retrieval", "real", real), ("R-precision", "drawn", drawn)):
-        share = own_caption_wins(clip, x.to(args.device), tokenize(pipe.tokenizer, captions).to(args.device))
-        print(f"{name:<23} {share:.0%} of {kind} pictures pick their own caption out of {len(captions)}")
+    ids, real = tokenize(pipe.tokenizer, captions).to(args.device), as_pictures(val.pixels[chosen], args.device)
+    for name, x in (("CLIP retrieval, real   ", real), ("R-precision, drawn     ", drawn.to(args.device))):
+        print(f"{name} {own_caption_wins(clip, x, ids):.0%} pick their own caption out of {len(captions)}")
 
 def main(args):
     args.device, args.dtype = pick_device(args.device, args.dtype)
-    torch.manual_seed(args.seed)
-    if args.image_size % 16:
-        raise BadInput(f"--image-size {args.image_size} is not a multiple of 16")
-    os.makedirs(f"{args.out}/samples", exist_ok=True)
-    data, val = open_data(args, "train"), open_data(args, "val")
-    pipe = load_pipeline(args.init, args.device) if args.init else Pipeline(None, None, None, None, NoiseSchedule())
-    prediction_type = args.prediction_type or pipe.schedule.prediction_type
-    pipe.schedule = NoiseSchedule(**pipe.schedule.config | {"prediction_type": prediction_type})
-    if args.text_encoder != "scratch":
-        pipe.text_encoder, pipe.tokenizer = load_text_encoder(args.text_encoder, args.device)
     stages = {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
+    words = ["text_encoder"] * (args.text_encoder == "scratch")
+    needs = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get("".join(todo), [])
+    pipe = load_pipeline(args.init or args.out, args.device, parts=needs) if needs else \
+        Pipeline(None, None, None, None, NoiseSchedule())
+    if not words:
+        pipe.text_encoder, pipe.tokenizer = load_text_encoder(args.text_encoder, args.device)
+    pipe.schedule.prediction_type = args.prediction_type or pipe.schedule.prediction_type
+    native = pipe.unet.config["sample_size"] * pipe.vae.f if pipe.unet else PRESETS[args.preset]["image_size"]
+    args.image_size = args.image_size or native
+    if args.image_size % 16:
+        raise BadInput(f"--image-size {args.image_size} is not a multiple of 16")
+    data, val = open_data(args, "train"), open_data(args, "val")
     print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
           f"{str(args.dtype)[6:]}; the model goes to {args.out}/")
     for stage in todo:
-        needs = {"unet": ["vae", "text_encoder"], "eval": ["vae", "text_encoder", "unet"]}.get(stage, [])
-        needs = [part for part in needs if getattr(pipe, part) is None]
-        if needs:
-            have = {name: value for name, value in vars(pipe).items() if value}
-            pipe = replace(load_pipeline(args.out, args.device, parts=needs), **have)
+        torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         stages[stage](pipe, data, val, args)
 
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except BadInput as e:
-        print(f"train.py: {e}", file=sys.stderr)
+    except (BadInput, OSError) as e:
+        print(f"train.py: {str(e).splitlines()[-1]}", file=sys.stderr)
         sys.exit(2)
