@@ -21,7 +21,8 @@ from PIL import Image
 import ddpm
 import sample
 import train
-from clip_encoder import CLIP, CLIPTextEncoder, contrastive_loss, load_tokenizer, own_caption_wins, tokenize, train_tokenizer
+from clip_encoder import (CLIP, CLIPTextEncoder, contrastive_loss, load_tokenizer, own_caption_wins, tokenize,
+                          train_tokenizer)
 from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
@@ -112,8 +113,9 @@ def test_text_encoder_has_the_published_names_and_shapes(config):
     (VAE, dict(VAE_15, mid_block_add_attention=False), "mid_block_add_attention"),
     (CLIPTextEncoder, dict(TEXT_15, hidden_act="relu"), "hidden_act"),
     (CLIPTextEncoder, dict(TEXT_15, model_type="t5"), "model_type"),
-    (NoiseSchedule, dict(prediction_type="sample"), "prediction_type"), (NoiseSchedule, dict(thresholding=True), "thresholding"),
-    (NoiseSchedule, dict(beta_schedule="sigmoid"), "beta_schedule"), (NoiseSchedule, dict(timestep_spacing="log"), "timestep_spacing")])
+    (NoiseSchedule, dict(prediction_type="sample"), "prediction_type"),
+    (NoiseSchedule, dict(thresholding=True), "thresholding"), (NoiseSchedule, dict(beta_schedule="sigmoid"), "beta_schedule"),
+    (NoiseSchedule, dict(timestep_spacing="log"), "timestep_spacing")])
 def test_a_config_that_asks_for_something_else_is_refused_by_key(model, config, key):
     with torch.device("meta"), pytest.raises(ValueError, match=key):
         model.from_config(config)
