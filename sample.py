@@ -23,6 +23,7 @@ import re
 import sys
 
 def parse_args():
+    """The command line -> its values."""
     p = argparse.ArgumentParser(description="Draw pictures from prompts.")
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; several prompts draw several pictures")
     p.add_argument("--model", default="out", help="folder in diffusers' layout, or hub id (default: out)")
@@ -157,7 +158,7 @@ def locate(model):
     if os.path.isdir(model):
         return model
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
-        raise BadInput(f"{model}: no such model folder; `python train.py` makes one, or --stage vae, clip, unet in turn")
+        raise BadInput(f"{model}: no such model folder; `python train.py` makes one (--stage vae, clip, unet in turn)")
     from huggingface_hub import snapshot_download
     try:
         return snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.safetensors"],
@@ -358,6 +359,7 @@ def open_picture(path, flag):
         raise BadInput(f"{flag} {path} is not a readable picture ({e})") from None
 
 def main(args):
+    """Draw what the command line (parse_args) asks for, and say where the pictures are."""
     device, dtype = pick_device(args.device, args.dtype)
     init = open_picture(args.init_image, "--init-image") if args.init_image else None
     mask = open_picture(args.mask, "--mask") if args.mask else None

@@ -19,6 +19,7 @@ PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size,
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
 def parse_args():
+    """The command line -> its values, completed by the preset."""
     p = argparse.ArgumentParser(description="Train a VAE, a CLIP and a diffusion U-Net, one after the other.")
     p.add_argument("--stage", choices=["all", "vae", "clip", "unet", "eval"], default="all")
     p.add_argument("--data", default="landscapes", metavar="DIR", help="folder of pictures (default: drawn landscapes)")
@@ -50,11 +51,9 @@ def parse_args():
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'0 or ' * (low == 0)}above 0")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-
 import copy, csv, functools, json, math, os, time
 from dataclasses import replace
 from itertools import islice, repeat
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -470,6 +469,7 @@ def evaluate(pipe, data, val, args, n=100):
         print(f"{name} {own_caption_wins(clip, x, ids):.0%} pick their own caption out of {len(captions)}")
 
 def main(args):
+    """Run the stages that the command line (parse_args) asks for."""
     args.device, args.dtype = pick_device(args.device, args.dtype)
     stages = {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
