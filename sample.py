@@ -80,12 +80,12 @@ def pick_device(device="auto", dtype="auto"):
 # ---- Load and save. A model is a folder as diffusers lays it out, one sub-folder for each part -----------------------
 @dataclass
 class Pipeline:
-    """A whole model: the five parts that turn text into pictures."""
-    unet: UNet
-    vae: VAE
-    text_encoder: CLIPTextEncoder
-    tokenizer: object                                              # transformers' CLIPTokenizer
-    schedule: NoiseSchedule
+    """A whole model: the five parts that turn text into pictures; None for one that is not loaded or trained yet."""
+    unet: UNet = None
+    vae: VAE = None
+    text_encoder: CLIPTextEncoder = None
+    tokenizer: object = None                                       # transformers' CLIPTokenizer
+    schedule: NoiseSchedule = None
     name: str = ""
 
     @property

@@ -358,7 +358,8 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
                 keep(average)
                 saved = {name: part.state_dict() for name, part in state.items()} | {"step": done}
                 write_beside(path, lambda to: torch.save(saved, to))
-    keep(average)
+    if start >= steps:                                             # resumed at the end: nothing was left to train
+        keep(average)
 
 def plot(log, path, W=640, H=360):
     """The losses of a log file as a curve, on a logarithmic scale."""
@@ -475,9 +476,8 @@ def main(args):
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
     words = ["text_encoder"] * (args.text_encoder == "scratch")
-    needs = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get("".join(todo), [])
-    pipe = load_pipeline(args.init or args.out, args.device, parts=needs) if needs else \
-        Pipeline(None, None, None, None, NoiseSchedule())
+    need = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get("".join(todo), [])
+    pipe = load_pipeline(args.init or args.out, args.device, parts=need) if need else Pipeline(schedule=NoiseSchedule())
     if not words:
         pipe.text_encoder, pipe.tokenizer = load_text_encoder(args.text_encoder, args.device)
     pipe.schedule.prediction_type = args.prediction_type or pipe.schedule.prediction_type
