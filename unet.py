@@ -25,10 +25,12 @@ Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M word
 Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py.
 """
 import math
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 from vae import Attention, Downsample, ResnetBlock, Upsample, attend, supported
@@ -238,6 +240,7 @@ class UNet(nn.Module):
                  use_linear_projection=False, upcast_attention=False, addition_embed_type=None,
                  addition_embed_type_num_heads=64, sample_size=64):
         super().__init__()
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         channels, levels = tuple(block_out_channels), len(block_out_channels)
         heads = attention_head_dim if isinstance(attention_head_dim, tuple) else (attention_head_dim,) * levels
         attends = [name == "CrossAttnDownBlock2D" for name in down_block_types]
@@ -247,13 +250,7 @@ class UNet(nn.Module):
         if tuple(up_block_types or mirrored) != mirrored or not len(attends) == len(heads) == levels:
             raise ValueError("config.json: down_block_types, up_block_types, attention_head_dim and block_out_channels "
                              "do not describe one ladder")
-        self.config = dict(
-            in_channels=in_channels, out_channels=out_channels, block_out_channels=channels,
-            layers_per_block=layers_per_block, down_block_types=tuple(down_block_types), up_block_types=mirrored,
-            attention_head_dim=attention_head_dim, cross_attention_dim=cross_attention_dim,
-            norm_num_groups=norm_num_groups, norm_eps=norm_eps, use_linear_projection=use_linear_projection,
-            upcast_attention=upcast_attention, addition_embed_type=addition_embed_type,
-            addition_embed_type_num_heads=addition_embed_type_num_heads, sample_size=sample_size)
+        self.config |= dict(block_out_channels=channels, up_block_types=mirrored)
         temb = 4 * channels[0]
 
         def resnet(cin, cout):
@@ -304,10 +301,42 @@ class UNet(nn.Module):
         """The dict that belongs in unet/config.json, in diffusers' words."""
         return {"_class_name": "UNet2DConditionModel", **self.config}
 
+    current_names = staticmethod(dict)                             # published U-Nets have always had the same names
+
     @staticmethod
-    def current_names(state):
-        """Published weights (a dict) under the names used here: they always were the same."""
-        return state
+    def from_original(state):
+        """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
+
+        There the way down is one list, input_blocks: conv_in, then each level's blocks and its downsampler, "op". The
+        way up is another, output_blocks. In a block, 0 is the residual block, 1 the transformer; what comes last is the
+        upsampler. Sizes follow from shapes. Heads do not: they are as in Stable Diffusion 1 or 2.
+        """
+        ends = sorted(int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight"))
+        n = ends[0]                                                # entries of each level: 3
+
+        def block(m):
+            i, j = divmod(int(m[2]) - (m[1] == "in"), n)
+            return f"{'down' if m[1] == 'in' else 'up'}_blocks.{i}.{'attentions' if m[3] == '1' else 'resnets'}.{j}"
+        for old, new in (
+                (r"^input_blocks\.0\.0", "conv_in"), (r"^out\.0", "conv_norm_out"), (r"^out\.2", "conv_out"),
+                (r"^input_blocks\.(\d+)\.0\.op", lambda m: f"down_blocks.{int(m[1]) // n - 1}.downsamplers.0.conv"),
+                (r"^output_blocks\.(\d+)\.\d\.conv", lambda m: f"up_blocks.{int(m[1]) // n}.upsamplers.0.conv"),
+                (r"^(in|out)put_blocks\.(\d+)\.([01])", block), (r"^middle_block\.1", "mid_block.attentions.0"),
+                (r"^middle_block\.([02])", lambda m: f"mid_block.resnets.{int(m[1]) // 2}"),
+                (r"^time_embed\.([02])", lambda m: f"time_embedding.linear_{int(m[1]) // 2 + 1}"),
+                (r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"),
+                (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"), (r"skip_connection", "conv_shortcut")):
+            state = {re.sub(old, new, k): x for k, x in state.items()}
+        levels = range(len(ends) + 1)
+        channels = [state[f"down_blocks.{i}.resnets.0.conv2.weight"].size(0) for i in levels]
+        attends = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in levels]
+        linear = state["mid_block.attentions.0.proj_in.weight"].dim() == 2          # Stable Diffusion 2
+        return dict(
+            in_channels=state["conv_in.weight"].size(1), block_out_channels=channels, layers_per_block=n - 1,
+            down_block_types=["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+            cross_attention_dim=state["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].size(1),
+            attention_head_dim=[max(c // 64, 1) for c in channels] if linear else 8,
+            norm_num_groups=math.gcd(32, *channels), use_linear_projection=linear, upcast_attention=linear), state
 
     def set_grad_checkpoint(self, on=True):
         """Trade time for memory: forget activations inside each block and compute them again for the backward pass."""
@@ -317,13 +346,11 @@ class UNet(nn.Module):
         """z_t (B, 4, h, w), t (B,) integers in [0, 1000), context (B, M, D) -> predicted noise (or v), (B, 4, h, w)."""
         def run(block, *args):
             return checkpoint(block, *args, use_reentrant=False) if self.grad_checkpoint else block(*args)
-
         # When and what: the time, and where the model has it the sentence as a whole.
         temb = timestep_embedding(t, self.config["block_out_channels"][0]).to(z_t.dtype)
         temb = self.time_embedding(temb)                           # (B, 1280)
         if hasattr(self, "add_embedding"):
             temb = temb + self.add_embedding(context)
-
         x = self.conv_in(z_t)                                      # (B,  320, h,   w)      Stable Diffusion 1.5
         skips = [x]
         for block in self.down_blocks:                             # (B, 1280, h/8, w/8)
@@ -336,3 +363,38 @@ class UNet(nn.Module):
             # The next skip's size, not twice this one's: an odd height, halved and doubled, would not come back.
             x = run(block, x, taken, temb, context, skips[-1].shape[2:] if skips else None)
         return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B,    4, h,   w)
+
+# ---- Published weights: from a file into this model, or into those before it -----------------------------------------
+def read_weights(path, dtype_of):
+    """A file -> {name: tensor}, each made ready before the next is read: memory never holds the weights twice.
+
+    dtype_of(name): a torch.dtype, or None to leave the tensor out. A pickle (.ckpt, .bin) may ask Python to call any
+    function at all: weights_only refuses what tensors do not need. One name is let through, to an empty class, because
+    Lightning leaves it in its files. Convolutions like a pixel's channels side by side: channels_last.
+    """
+    if path.endswith(".safetensors"):
+        def read(name):                                            # opened anew for each: what was read is let go
+            return safe_open(path, "pt").get_tensor(name)
+        names = safe_open(path, "pt").keys()
+    else:
+        lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
+        with torch.serialization.safe_globals([(type("ModelCheckpoint", (), {}), lightning)]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        read, names = state.pop, [k for k, x in state.items() if torch.is_tensor(x)]
+    return {name: x.to(dtype_of(name), memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
+            for name in names if dtype_of(name) for x in [read(name)]}
+
+def assemble(model, config, state, strays=False):
+    """A class, its published config and weights (dicts) -> the module, in eval mode. ValueError names a misfit.
+    strays: pass over tensors without a place in it, beside position_ids, a table of 0, 1, 2, ..."""
+    with torch.device("meta"):                                     # the shapes without the memory
+        module = model.from_config(config)
+    wanted = {k: tuple(x.shape) for k, x in module.state_dict().items()}
+    state = {k: x for k, x in state.items() if k in wanted or not strays and not k.endswith("position_ids")}
+    for k in (*wanted, *state):
+        shape = tuple(state[k].shape) if k in state else "missing"
+        if shape != wanted.get(k):
+            raise ValueError(f"the weights do not fit the config: {k} is {shape}, should be {wanted.get(k, 'absent')}")
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)

@@ -20,31 +20,14 @@ Read next: clip_encoder.py.
 import inspect
 import math
 import re
+from itertools import product
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch.utils.checkpoint import checkpoint
-
-def supported(config, model, only):
-    """Keep of a published config.json what `model` (a class) takes as arguments; refuse what it cannot do.
-
-    config: dict as read from config.json.  only: {key: the one value this code implements}, for switches that are not
-    arguments here.  Any other key is bookkeeping unless it is switched on.  Raises ValueError naming the key.
-    """
-    arguments = inspect.signature(model).parameters
-    bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim"}
-    kept = {}
-    for key, value in config.items():
-        if key in arguments:
-            kept[key] = tuple(value) if isinstance(value, list) else value
-        elif key in only:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if any(v != only[key] for v in values):
-                raise ValueError(f"config.json: {key} = {value!r} is not supported, only {only[key]!r}")
-        elif not key.startswith("_") and key not in bookkeeping and value not in (None, False):
-            raise ValueError(f"config.json: {key} = {value!r} is not known to {model.__name__}")
-    return kept
 
 # ---- Leaves: attention, the residual block, down- and upsampling. unet.py is built from the same ones ----------------
 def attend(q, k, v):
@@ -266,11 +249,8 @@ class VAE(nn.Module):
                  layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215, use_quant_conv=True,
                  use_post_quant_conv=True):
         super().__init__()
-        channels = tuple(block_out_channels)
-        self.config = dict(in_channels=in_channels, out_channels=out_channels, latent_channels=latent_channels,
-                           block_out_channels=channels, layers_per_block=layers_per_block,
-                           norm_num_groups=norm_num_groups, use_quant_conv=use_quant_conv,
-                           use_post_quant_conv=use_post_quant_conv)
+        self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "scaling_factor")}
+        channels = self.config["block_out_channels"] = tuple(block_out_channels)
         self.scaling_factor = scaling_factor
         self.f = 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels, latent_channels, channels, layers_per_block, norm_num_groups)
@@ -299,6 +279,28 @@ class VAE(nn.Module):
         new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
         return {re.sub(r"\b(query|key|value|proj_attn)\b", lambda m: new[m[1]], k): v for k, v in state.items()}
 
+    @staticmethod
+    def from_original(state):
+        """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
+
+        Its decoder numbers levels from the finest, ours as they run. Its attention is written as 1x1 convolutions,
+        which are linear layers on each pixel. Sizes follow from shapes.
+        """
+        last = max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
+        state = {k: x.flatten(1) if ".attn_1." in k and x.dim() > 1 else x for k, x in state.items()}
+        for old, new in (
+                (r"\.down\.", ".down_blocks."), (r"\.up\.(\d+)", lambda m: f".up_blocks.{last - int(m[1])}"),
+                (r"\.(down|up)sample\.", r".\1samplers.0."), (r"\.block\.", ".resnets."),
+                (r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}"),
+                (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"0\.norm\.", "0.group_norm."),
+                (r"0\.([qkv])\.", r"0.to_\1."), (r"0\.proj_out\.", "0.to_out.0."),
+                (r"nin_shortcut", "conv_shortcut"), (r"\.norm_out", ".conv_norm_out")):
+            state = {re.sub(old, new, k): x for k, x in state.items()}
+        channels = [state[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"].size(0) for i in range(last + 1)]
+        layers = len({k.split(".")[4] for k in state if k.startswith("encoder.down_blocks.0.resnets.")})
+        groups = math.gcd(32, *channels)
+        return dict(block_out_channels=channels, layers_per_block=layers, norm_num_groups=groups), state
+
     def encode(self, x):
         """Pictures (B, 3, H, W) in [-1, 1] -> DiagonalGaussian over latents (B, Z, H/f, W/f)."""
         assert x.size(2) % self.f == 0 and x.size(3) % self.f == 0, f"{tuple(x.shape)} is not divisible by {self.f}"
@@ -307,6 +309,19 @@ class VAE(nn.Module):
     def decode(self, z):
         """Latents (B, Z, h, w), not scaled -> pictures (B, 3, h*f, w*f), about [-1, 1]: clamp before showing them."""
         return self.decoder(self.post_quant_conv(z))
+
+    def decode_tiles(self, z, side=64, overlap=16):
+        """As `decode`, in squares of `side` latents that fade into each other: memory for one, however large the whole.
+        Colours may drift a little from square to square: normalization and attention see one at a time."""
+        f, (h, w), step = self.f, z.shape[2:], side - overlap
+        sums = torch.zeros(len(z), 4, h * f, w * f, device=z.device)                # colours times weights; weights
+        for top, left in product(range(0, max(h - overlap, 1), step), range(0, max(w - overlap, 1), step)):
+            x = self.decode(z[:, :, top: top + side, left: left + side]).float()
+            ramps = [torch.arange(1.0, n + 1, device=z.device) for n in x.shape[2:]]
+            rows, columns = (torch.minimum(i, i.flip(0)).clamp(max=overlap * f) for i in ramps)
+            tile = sums[:, :, top * f: top * f + x.size(2), left * f: left * f + x.size(3)]
+            tile += torch.cat([x, torch.ones_like(x[:, :1])], dim=1) * rows[:, None] * columns
+        return sums[:, :3] / sums[:, 3:]
 
     def set_grad_checkpoint(self, on=True):
         """Trade time for memory: forget activations inside each level and compute them again for the backward pass."""
@@ -338,6 +353,16 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None):
     kl = q.kl().mean() / z[0].numel()                              # nats per latent number
     return rec + kl_weight * kl, {"mse": rec.detach(), "kl": kl.detach()}
 
+def picture_to_tensor(image, height, width):
+    """A PIL picture, scaled and cropped at the centre, never stretched -> (1, 3, height, width) in [-1, 1]."""
+    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+def tensor_to_pictures(x):
+    """(B, 3, H, W) in [-1, 1] -> list of B PIL pictures."""
+    x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in x]
+
 def as_pictures(pixels, device):
     """Bytes (B, 3, H, W) -> x (B, 3, H, W), float32 in [-1, 1], on the device."""
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
@@ -352,40 +377,23 @@ def psnr(vae, x):
     mse = (redrawn - x).pow(2).mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / mse)).mean().item()
 
-# ---- The optimizer: of this model, and of the two that follow --------------------------------------------------------
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): momentum, then a step of the same size in every direction that the gradient points in.
+# ---- Published configs, of this model and of the U-Net ---------------------------------------------------------------
+def supported(config, model, only):
+    """Keep of a published config.json (dict) what `model` (a class) takes as arguments; refuse what it cannot do.
 
-    A layer's gradient is a matrix with few large singular values, which AdamW's entry by entry steps repeat. Muon sets
-    all of them to about 1, so that rare directions learn as fast as common ones. The VAE's first 90 seconds on two
-    cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone.
+    only: {key: the one value this code implements}, for switches that are not arguments here. Any other key is
+    bookkeeping unless it is switched on. Raises ValueError naming the key.
     """
-
-    def __init__(self, params, lr=1e-3, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        """Update every parameter that has a gradient; a convolution (O, I, 3, 3) counts as a matrix (O, 9 I)."""
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                X = p.grad.lerp(mean, group["momentum"]).flatten(1)
-                turned, X = X.size(0) > X.size(1), X / (X.norm() + 1e-7)           # singular values s in [0, 1]
-                X = X.T if turned else X
-                # Newton-Schulz: five times s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5, by way of the small matrix X X^T.
-                A, Q = X @ X.T, torch.eye(len(X), device=X.device)
-                for _ in range(5):
-                    M = 3.4445 * torch.eye(len(X), device=X.device) - 4.7750 * A + 2.0315 * A @ A
-                    A, Q = M @ A @ M, M @ Q
-                X = Q @ X
-                # Entries of about 0.2 lr in size, as AdamW's steps have: one learning rate serves both.
-                p.add_((X.T if turned else X).view_as(p), alpha=-0.2 * group["lr"] * max(X.shape) ** 0.5)
-
-def optimizers(model):
-    """(Muon, AdamW) for a model: Muon for the matrices inside; AdamW for gains and biases, which have no directions to
-    even out, for the embeddings of words, places and times, and for the first and last layer, which touch pixels."""
-    outer = re.compile(r"embedding|conv_in\.weight|conv_out\.weight")
-    inner = {name for name, p in model.named_parameters() if p.dim() > 1 and not outer.search(name)}
-    return (Muon([p for name, p in model.named_parameters() if name in inner]),
-            torch.optim.AdamW([p for name, p in model.named_parameters() if name not in inner], weight_decay=0.0))
+    arguments = inspect.signature(model).parameters
+    bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim"}
+    kept = {}
+    for key, value in config.items():
+        if key in arguments:
+            kept[key] = tuple(value) if isinstance(value, list) else value
+        elif key in only:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if any(v != only[key] for v in values):
+                raise ValueError(f"config.json: {key} = {value!r} is not supported, only {only[key]!r}")
+        elif not key.startswith("_") and key not in bookkeeping and value not in (None, False):
+            raise ValueError(f"config.json: {key} = {value!r} is not known to {model.__name__}")
+    return kept
