@@ -68,10 +68,10 @@ def tokenize(tokenizer, texts, max_length=None):
     T = min(tokenizer.model_max_length, max_length or 77)
     return tokenizer(texts, padding="max_length", truncation=True, max_length=T, return_tensors="pt").input_ids
 
-def cut_off(tokenizer, text, max_length=None):
+def cut_off(tokenizer, text):
     """The end of text (str) that `tokenize` leaves out for want of room, "" for most texts."""
     spans = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]
-    room = min(tokenizer.model_max_length, max_length or 77) - 2   # beside start and end
+    room = min(tokenizer.model_max_length, 77) - 2                 # beside start and end
     return text[spans[room][0]:] if len(spans) > room else ""
 
 # ---- Published models: where to find them ----------------------------------------------------------------------------

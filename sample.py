@@ -272,8 +272,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
             raise BadInput(f"--{flag} {value} is not between {low} and {high}")
     if mask_image is not None and init_image is None or inpainting_model and mask_image is None:
         raise BadInput("--mask and --init-image go together, and an inpainting model needs both")
-    T = pipe.text_encoder.config["max_position_embeddings"]
-    for lost in filter(None, (cut_off(pipe.tokenizer, text, T) for text in dict.fromkeys((*prompts, negative_prompt)))):
+    for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in dict.fromkeys((*prompts, negative_prompt)))):
         warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
 
     # How large? Drawn at the next multiple of f, with the init image's edges repeated, then cropped.
@@ -335,7 +334,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         size = finished or (width, height)
         original, white = (ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in (
             init_image.convert("RGB"), mask_image.convert("L").point(lambda v: 255 * (v > 127))))
-        soft = ImageChops.darker(white, white.filter(ImageFilter.GaussianBlur(f / 2 * size[0] / width)))
+        blurred = white.filter(ImageFilter.GaussianBlur(f / 2 * size[0] / width))    # half white at the seam,
+        soft = ImageChops.darker(white, blurred.point(lambda v: max(2 * v - 255, 0)))     # now black there, white inside
         pictures = [Image.composite(p.resize(size, Image.Resampling.LANCZOS), original, soft) for p in pictures]
     return pictures
 

@@ -877,8 +877,8 @@ def test_the_end_of_a_long_prompt_is_cut_off_with_a_warning(saved):
     short, long = "a red house", "a red house " * 6 + "BEYOND the Hill"
     with pytest.warns(UserWarning, match="'BEYOND the Hill'"):     # 18 words fit beside start and end
         generate(pipe, "fog", long, steps=1, progress=False)
-    cut = clip_encoder.cut_off(pipe.tokenizer, long, 20)
-    assert cut.endswith("BEYOND the Hill") and clip_encoder.cut_off(pipe.tokenizer, short, 20) == ""
+    cut = clip_encoder.cut_off(pipe.tokenizer, long)
+    assert cut.endswith("BEYOND the Hill") and clip_encoder.cut_off(pipe.tokenizer, short) == ""
     assert torch.equal(tokenize(pipe.tokenizer, [long]), tokenize(pipe.tokenizer, [long.removesuffix(cut)]))
     assert not torch.equal(tokenize(pipe.tokenizer, [long]), tokenize(pipe.tokenizer, [long.removesuffix(cut)[:-6]]))
 
@@ -1339,6 +1339,33 @@ def test_stages_run_apart_and_eval_measures(trained, tmp_path):
     assert load_pipeline(str(tmp_path / "tuned")).schedule.prediction_type == "v_prediction"
 
 
+def test_a_single_file_is_fine_tuned_into_a_folder(singles, tmp_path):
+    """--init takes what --model takes; all but the U-Net stays the model's own, its padding token included."""
+    write_single(singles["2.1"][0], str(tmp_path / "model.ckpt"), "lightning")
+    status, _, err = run("train.py", "--init", "model.ckpt", "--tokenizer", singles["2.1"][1], "--stage", "unet", *TINY_RUN, cwd=tmp_path)
+    assert status == 0, err
+    before, after = load_pipeline(str(tmp_path / "model.ckpt"), tokenizer=singles["2.1"][1]), load_pipeline(str(tmp_path / "out"))
+    assert same_weights(before.vae, after.vae) and same_weights(before.text_encoder, after.text_encoder)
+    assert not same_weights(before.unet, after.unet) and after.schedule.prediction_type == "v_prediction"
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(tmp_path / "out"))
+    assert theirs.tokenizer.pad_token == after.tokenizer.pad_token == "!"
+
+
+def test_a_published_text_encoder_trains_a_unet_and_judges(tmp_path):
+    words = train_tokenizer([Landscapes(32).caption(i) for i in range(500)], 800, 40)
+    text = dict(SMALL_TEXT, vocab_size=len(words), eos_token_id=2, max_position_embeddings=40)
+    clip = shake(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, projection_dim=12, vision_config=dict(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=4))))
+    clip.save_pretrained(str(tmp_path / "clip"))
+    words.save_pretrained(str(tmp_path / "clip"))
+    status, out, err = run("train.py", *TINY_RUN, "--text-encoder", "clip", cwd=tmp_path)
+    assert status == 0 and "vae, unet on" in out, err
+    ours, theirs = load_pipeline(str(tmp_path / "out")).text_encoder.state_dict(), clip.text_model.state_dict()
+    assert all(torch.equal(ours["text_model." + k], v) for k, v in theirs.items())
+    status, out, err = run("train.py", *TINY_RUN[2:], "--text-encoder", "clip", "--stage", "eval", cwd=tmp_path)
+    assert status == 0 and "R-precision" in out, err
+    status, out, err = run("train.py", *TINY_RUN[2:], "--stage", "eval", cwd=tmp_path)
+    assert status == 0 and "no CLIP to judge by" in out and "R-precision" not in out, err
 
 
 def test_resumed_weights_equal_uninterrupted_ones(trained, tmp_path):

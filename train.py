@@ -409,7 +409,7 @@ def train_clip(pipe, data, val, args):
 def train_unet(pipe, data, val, args):
     """Stage 3: noise in latents, given the time and the text. Sets pipe.unet."""
     vae, schedule, device, side = pipe.vae, pipe.schedule, args.device, args.image_size // pipe.vae.f
-    width, length = (pipe.text_encoder.config[key] for key in ("hidden_size", "max_position_embeddings"))
+    length, width = encode_prompts(pipe, [""]).shape[1:]           # of every text: T, D
     unet = pipe.unet or UNet(**UNET_SIZES[args.preset], cross_attention_dim=width, sample_size=side)
     if unet.config["cross_attention_dim"] != width or unet.config["in_channels"] != unet.config["out_channels"]:
         raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
