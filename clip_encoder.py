@@ -90,26 +90,26 @@ def find(model, parts=()):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError("no such file, folder or hub id; `python train.py` (--stage vae, clip, unet) makes a model")
     from huggingface_hub import model_info, snapshot_download
-    old = next((old for old in MOVED if model.startswith(old)), "")
+    old, why = next((old for old in MOVED if model.startswith(old)), ""), None
+    moved = MOVED.get(old, "") + model[len(old):]
     if old:
-        print(f"{model} is no longer on the hub; taking its copy {MOVED[old]}{model[len(old):]}", file=sys.stderr)
-    for name in (MOVED.get(old, "") + model[len(old):], model):    # a cache may have it under its old name
+        print(f"{model} is no longer on the hub; taking its copy {moved}", file=sys.stderr)
+    for name in dict.fromkeys((moved, model)):                     # a cache may have it under its old name
         try:
-            files = {f.rfilename for f in model_info(name).siblings}
+            files, cached = {f.rfilename for f in model_info(name).siblings}, False
             chosen = [f for f in files if f.endswith((".json", ".txt"))
                       and os.path.dirname(f) in {"", "scheduler", "tokenizer", *parts}]
             for part in parts:
                 paths = (os.path.join(folder, file) for file in weights_names(part) for folder in (part, ""))
                 chosen += [path for path in paths if path in files][:1]
-            return snapshot_download(name, allow_patterns=chosen)
         except Exception as e:                                     # no network, or no such model: is it in the cache?
-            why = "knows no such model" if "NotFound" in type(e).__name__ else "cannot be reached"
-            why = f"the hub {why} ({str(e).strip().splitlines()[0]})"
+            chosen, cached, why = ["model_index.json", "config.json"], True, why or e
         try:
-            return snapshot_download(name, allow_patterns=["model_index.json", "config.json"], local_files_only=True)
-        except Exception:
-            continue
-    raise ValueError(f"no such folder here or in the hub's cache, and {why}")
+            return snapshot_download(name, allow_patterns=chosen, local_files_only=cached)
+        except Exception as e:
+            why = why or e
+    says = "knows no such model" if "RepositoryNotFound" in type(why).__name__ else "cannot be reached"
+    raise ValueError(f"no such folder here or in the hub's cache; the hub {says} ({' '.join(str(why).split())[:200]})")
 
 # ---- The transformer that both towers share --------------------------------------------------------------------------
 def quick_gelu(x):
