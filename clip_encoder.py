@@ -41,7 +41,6 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
     letters = sorted(ByteLevel.alphabet())
     symbols = letters + [letter + "</w>" for letter in letters]
     special = ["<|startoftext|>", "<|endoftext|>"]
-
     def build(symbols, merges):
         vocab = {symbol: i for i, symbol in enumerate(symbols + special)}
         return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
@@ -123,6 +122,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, width, heads, causal):
         super().__init__()
+        assert width % heads == 0, f"a width of {width} does not split into {heads} attention heads"
         self.heads, self.causal = heads, causal
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
@@ -272,7 +272,7 @@ class CLIPTextEncoder(nn.Module):
         return dict(vocab_size=vocabulary, hidden_size=width, num_attention_heads=max(width // 64, 1),
                     max_position_embeddings=len(state["text_model.embeddings.position_embedding.weight"]),
                     intermediate_size=len(state["text_model.encoder.layers.0.mlp.fc1.bias"]),
-                    num_hidden_layers=sum(k.endswith("mlp.fc1.bias") for k in state),
+                    num_hidden_layers=1 + max(int(k.split(".")[3]) for k in state if ".layers." in k),
                     hidden_act="gelu" if open_clip else "quick_gelu"), state
 
     def forward(self, ids):

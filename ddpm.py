@@ -324,3 +324,19 @@ def dpmpp(schedule, model, x, times, randn=None):
         yield x, x0
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
+
+# ---- Where to compute, and how precisely -----------------------------------------------------------------------------
+def pick_device(device="auto", dtype="auto"):
+    """Names as on the command line -> (torch.device, torch.dtype), for the models: by default what the machine is built
+    for. Schedules and samplers compute in float32 all the same. ValueError where there is no such device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"this machine has no {device}; try --device cpu")
+    if dtype == "auto":
+        if device == "cpu":                                        # bfloat16 pays where the processor multiplies it
+            built = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")]
+            dtype = "bfloat16" if any(built) else "float32"
+        else:
+            dtype = "bfloat16" if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    return torch.device(device), getattr(torch, dtype)

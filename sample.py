@@ -38,48 +38,52 @@ def parse_args():
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the U-Net: a slow start, then faster steps")
-    args = p.parse_args()
+    p.error = lambda message: p.exit(2, f"sample.py: {message}\n")  # one line, without the usage
+    args = p.parse_intermixed_args()
     if args.like:
         try:
-            p.set_defaults(**read_parameters(args.like))
-        except (OSError, ValueError, KeyError) as e:
-            p.error(f"argument --like: {args.like} does not tell how it was drawn ({e})")
-        args = p.parse_args()
-    return args if args.prompts else p.error("the following arguments are required: PROMPT")
+            p.set_defaults(**read_parameters(args.like))           # strings: argparse makes of them what flags take
+        except (OSError, KeyError, ValueError) as e:
+            p.error(f"--like {args.like}: not a picture with settings ({type(e).__name__} {e})")
+        args = p.parse_intermixed_args()
+    if args.sampler is None or not args.prompts:
+        p.error(f"{args.like} has a sampler not known here: add --sampler" if args.prompts else "a PROMPT is required")
+    return args
+
+FIELDS = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Model": "model", "Denoising strength": "strength",
+          "Init image": "init_image", "Mask": "mask", "Asked width": "width", "Asked height": "height", "Tiles": "tile",
+          "Tokenizer": "tokenizer", "Prediction type": "prediction_type"}           # in a PNG: of the command line
 
 def write_parameters(args, k, size):
     """What Stable Diffusion tools keep in a PNG as `parameters`, of picture k: the prompts, then a line of settings."""
-    fields = {"Steps": args.steps, "Sampler": SAMPLER_NAMES[args.sampler], "CFG scale": args.guidance,
-              "Seed": args.seed + k, "Size": "{}x{}".format(*size), "Model": args.model}
-    if args.init_image:
-        fields |= {"Denoising strength": args.strength, "Init image": args.init_image, "Mask": args.mask or "",
-                   "Asked size": f"{args.width or ''}x{args.height or ''}"}
+    given = vars(args) | {"seed": args.seed + k, "strength": args.init_image and args.strength}
+    fields = {name: given[flag] for name, flag in FIELDS.items() if given[flag] not in (None, False)}
+    fields |= {"Sampler": SAMPLER_NAMES[args.sampler], "Size": "{}x{}".format(*size)}
     settings = [f"{name}: {json.dumps(v) if set(str(v)) & set(',:') else v}" for name, v in fields.items()]
     return f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\n{', '.join(settings)}"
 
 def read_parameters(path):
-    """The flags that drew the PNG at path, from its `parameters`. Raises KeyError, ValueError or OSError."""
+    """The flags that drew the PNG at path, as strings, from its `parameters`. KeyError, ValueError or OSError."""
     from PIL import Image
     words, _, settings = Image.open(path).info["parameters"].rpartition("\n")
     prompt, _, negative = words.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in words else (words, "", "")
     field = dict(re.findall(r'([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)', settings))
     field = {k.strip(): json.loads(v) if v[:1] == '"' else v for k, v in field.items()}
-    names = {name: sampler for sampler, name in SAMPLER_NAMES.items()}
-    width, height = (int(n) if n else None for n in field["Asked size" if "Init image" in field else "Size"].split("x"))
-    return dict(prompts=[prompt], negative=negative, steps=int(field["Steps"]), sampler=names[field["Sampler"]],
-                guidance=float(field["CFG scale"]), seed=int(field["Seed"]), model=field.get("Model", "out"),
-                width=width, height=height, strength=float(field.get("Denoising strength", 0.8)),
-                init_image=field.get("Init image"), mask=field.get("Mask"))
+    if "Init image" not in field:                                  # with one, the size follows unless it was asked for
+        field["Asked width"], _, field["Asked height"] = field["Size"].partition("x")
+    sampler = {name: sampler for sampler, name in SAMPLER_NAMES.items()}.get(field["Sampler"])
+    return {"prompts": [prompt], "negative": negative, "sampler": sampler} | {
+        flag: field[name] for name, flag in FIELDS.items() if name in field}
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageFilter, ImageOps, PngImagePlugin
+from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 from tqdm import tqdm
 from clip_encoder import CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, tokenize, weights_names
-from ddpm import SAMPLERS, NoiseSchedule, guided, pin
+from ddpm import SAMPLERS, NoiseSchedule, guided, pick_device, pin
 from unet import UNet, assemble, read_weights
 from vae import VAE, picture_to_tensor, tensor_to_pictures
 
@@ -94,27 +98,13 @@ def blame(what):
     except BadInput:
         raise
     except Exception as e:
-        why = " ".join((str(e) if type(e) is ValueError else f"{type(e).__name__} {e}").split())[:300]
+        why = " ".join(f"{'' if type(e) in (ValueError, AssertionError) else type(e).__name__} {e}".split())[:300]
         if "Weights only" in str(e):                               # a pickle, refused: what does it ask for?
-            text = open(what, encoding="latin-1").read(2 ** 20)    # of new ones torch does not tell: module, name, 0x93
-            new = re.findall(r"\x8c.([\w.]+)\x94?\x8c.([\w.]+)\x94?\x93", text, re.S)
+            raw = open(what, encoding="latin-1").read(2 ** 20)    # of new ones torch does not tell: module, name, 0x93
+            new = re.findall(r"\x8c.((?!torch[\x94\x8c]|torch\._|collect)[\w.]+)\x94?\x8c.(\w+)\x94?\x93", raw, re.S)
             asked = re.findall(r"GLOBAL (\S+)", str(e)) + [".".join(pair) for pair in new]
             why = f"refused: it asks for {asked[0]}, which weights do not need" if asked else "not a file of weights"
         raise BadInput(f"{what}: {why}") from None
-
-def pick_device(device="auto", dtype="auto"):
-    """Names as on the command line -> (torch.device, torch.dtype): where this machine is fastest."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
-        raise BadInput(f"--device {device}: this machine has none; try --device cpu")
-    if dtype == "auto":
-        if device == "cpu":                                        # bfloat16 pays where the processor multiplies it
-            built = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")]
-            dtype = "bfloat16" if any(built) else "float32"
-        else:
-            dtype = "bfloat16" if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8 else "float16"
-    return torch.device(device), getattr(torch, dtype)
 
 # ---- Load: a folder in diffusers' layout, the same on the hub, or a single file of the original release --------------
 @dataclasses.dataclass
@@ -145,7 +135,9 @@ def load_part(part, folder, dtype):
     if not there:
         raise BadInput(f"{folder} holds no weights: none of {', '.join(weights_names(part))}")
     with blame(os.path.join(folder, there[0])):
-        return assemble(model, config, model.current_names(read_weights(f"{folder}/{there[0]}", lambda _: dtype)))
+        state = model.current_names(read_weights(f"{folder}/{there[0]}", lambda _: dtype))
+    with blame(folder):
+        return assemble(model, config, state)
 
 def load_clip(source, device="cpu", part="clip"):
     """A published CLIP (folder or hub id) -> (CLIP, tokenizer); part="text_encoder": its text tower alone."""
@@ -182,11 +174,13 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
             state = read_weights(path, lambda name: dtypes.get(part_of(name)))
         for part in parts:
             own = {k[len(PREFIXES[part]):]: state.pop(k) for k in list(state) if part_of(k) == part}
-            with blame(f"{path}: its {part}, {len(own)} tensors {PREFIXES[part]}*, is not Stable Diffusion 1's or 2's"):
+            if not own:
+                raise BadInput(f"{path} holds no {part}: no tensor {PREFIXES[part]}*")
+            with blame(f"{path}: its {part} is not Stable Diffusion 1's or 2's"):
                 setattr(pipe, part, assemble(CLASSES[part], *CLASSES[part].from_original(own), strays=part != "unet"))
-        unet = getattr(pipe.unet, "config", {})
-        if unet.get("use_linear_projection") and unet["in_channels"] == 4 and prediction_type != "epsilon":
-            unet["sample_size"], prediction_type = 96, "v_prediction"               # Stable Diffusion 2.1, most likely
+        config = pipe.unet.config if pipe.unet else {}
+        if config.get("use_linear_projection") and config["in_channels"] == 4 and prediction_type != "epsilon":
+            config["sample_size"], prediction_type = 96, "v_prediction"             # Stable Diffusion 2.1, most likely
     pipe.schedule.prediction_type = prediction_type or pipe.schedule.prediction_type
     for part in parts:
         getattr(pipe, part).to(device)
@@ -194,8 +188,13 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         with blame(f"--tokenizer {tokenizer or words}"):
             pipe.tokenizer, known = load_tokenizer(tokenizer or words), pipe.text_encoder.config["vocab_size"]
             assert len(pipe.tokenizer) <= known, f"{len(pipe.tokenizer)} words, but the text encoder knows {known}"
-        if words != path and pipe.text_encoder.config["hidden_act"] == "gelu":
+        if (tokenizer or words) != path and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.pad_token = "!"                         # id 0: as Stable Diffusion 2 was trained
+    takes, gives = (module.config if module else {} for module in (pipe.unet, pipe.text_encoder))
+    if takes.get("in_channels", 4) not in (4, 9):
+        raise BadInput(f"{model}: its U-Net has {takes['in_channels']} input channels; only 4 and 9 are supported")
+    if takes and gives and takes["cross_attention_dim"] != gives["hidden_size"]:
+        raise BadInput(f"{model}: its U-Net reads text {takes['cross_attention_dim']} wide, not {gives['hidden_size']}")
     return pipe
 
 def write_beside(path, write):
@@ -259,19 +258,22 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
     device. height, width: in pixels; by default as the model was trained, or as the init image. init_image (PIL): start
     from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black is kept. latents
-    (B, 4, h, w): the noise to start from. frames: a list, to which each step's prediction of the finished latents is
-    added. tile: decode in tiles. last: let go of the U-Net and the text encoder before decoding. Raises BadInput.
+    (B, 4, h, w): the noise to start from. frames: a list, to which each step's prediction of the first few finished
+    latents is added. tile: decode in tiles. last: let go of U-Net and text encoder before decoding. Raises BadInput.
     """
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
     inpainting_model = config["in_channels"] == 9                  # one that sees mask and surroundings as inputs
     for flag, value, low, high in (
             ("steps", steps, 1, schedule.T), ("num-images", num_images, 1, 10 ** 6), ("seed", seed, 0, 10 ** 15),
-            ("strength", strength, 1e-6, 1), ("guidance", guidance, -99, 99)):
-        if not low <= value <= high:
+            ("strength", strength, 1e-6, 1), ("guidance", guidance, -99, 99), ("height", height, f, 2 ** 14),
+            ("width", width, f, 2 ** 14)):
+        if value is not None and not low <= value <= high:
             raise BadInput(f"--{flag} {value} is not between {low} and {high}")
+    init_image = init_image and init_image.convert("RGB")
     if mask_image is not None and init_image is None or inpainting_model and mask_image is None:
         raise BadInput("--mask and --init-image go together, and an inpainting model needs both")
+    mask_image = mask_image and mask_image.convert("L").point(lambda v: 255 * (v > 127))    # nothing between the two
     for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in dict.fromkeys((*prompts, negative_prompt)))):
         warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
 
@@ -287,11 +289,11 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     finished = None if height or width else own                    # at the size asked for or its own
     height, width = height or round(own[1] * scale), width or round(own[0] * scale)
     if min(height, width) < f:
-        raise BadInput(f"--height {height}, --width {width}: a picture has at least {f} pixels on a side")
+        raise BadInput(f"--init-image is {own}: it takes {f} pixels on a side at least")
     h, w = -(-height // f), -(-width // f)
     left, top = (w * f - width) // 2, (h * f - height) // 2
-    if latents is not None and tuple(latents.shape) != (len(prompts), config["out_channels"], h, w):
-        raise BadInput(f"latents are {tuple(latents.shape)}, should be {(len(prompts), config['out_channels'], h, w)}")
+    shape = (config["out_channels"], h, w)
+    assert latents is None or latents.shape == (len(prompts), *shape), f"{tuple(latents.shape)} should be B, {shape}"
     def pixels(image):                                             # PIL -> (1, 3, h*f, w*f) in [-1, 1]
         edges = (left, w * f - width - left, top, h * f - height - top)
         return F.pad(picture_to_tensor(image, height, width), edges, mode="replicate")
@@ -307,8 +309,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         batch = prompts[first: first + few]
         generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
         def randn(_=None):
-            noise = [torch.randn(config["out_channels"], h, w, generator=g) for g in generators]
-            return torch.stack(noise).to(pipe.device)
+            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)
         # What to draw: the prompts, after what to move away from by guidance.
         context = encode_prompts(pipe, [negative_prompt] * len(batch) * (guidance != 1) + batch)    # (B or 2*B, T, D)
         # Where to start: from noise, or from a picture with as much noise as the first step expects.
@@ -323,7 +324,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         model = pin(schedule, model, known, mask) if paste else model
         for z, x0 in SAMPLERS[sampler](schedule, model, z, times, randn=randn):
             bar.update()
-            if frames is not None:
+            if frames is not None and first == 0:
                 frames.append(x0)
         drawn.append(z)
     bar.close()
@@ -332,10 +333,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
     if paste:                                                      # what is kept is kept to the pixel, with a soft seam
         size = finished or (width, height)
-        original, white = (ImageOps.fit(image, size, Image.Resampling.LANCZOS) for image in (
-            init_image.convert("RGB"), mask_image.convert("L").point(lambda v: 255 * (v > 127))))
-        blurred = white.filter(ImageFilter.GaussianBlur(f / 2 * size[0] / width))    # half white at the seam,
-        soft = ImageChops.darker(white, blurred.point(lambda v: max(2 * v - 255, 0)))     # now black there, white inside
+        original, white = (ImageOps.fit(p, size, Image.Resampling.LANCZOS) for p in (init_image, mask_image))
+        soft = Image.blend(white, white.filter(ImageFilter.MinFilter(3)), 0.5)      # within the white, so narrow that
         pictures = [Image.composite(p.resize(size, Image.Resampling.LANCZOS), original, soft) for p in pictures]
     return pictures
 
@@ -348,14 +347,14 @@ def grid(pictures, columns=None):
         sheet.paste(picture, (k % columns * w, k // columns * h))
     return sheet
 
-def open_picture(path, flag):
-    """The picture at path as RGB: upright, transparent parts white, 16 bits cut to 8. BadInput names the flag."""
+def open_picture(path, flag, paper="white"):
+    """The picture at path as RGB: upright, laid on paper, 16 bits cut to 8. BadInput names the flag."""
     try:
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):                             # Pillow would clip 16 bits at 255
             image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image.convert("RGBA"))
         return image.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise BadInput(f"{flag} {path} is not a readable picture ({e})") from None
@@ -363,9 +362,10 @@ def open_picture(path, flag):
 def main(args):
     """Draw what the command line (parse_args) asks for, and say where the pictures are."""
     warnings.formatwarning = lambda message, *_: f"sample.py: {message}\n"
-    device, dtype = pick_device(args.device, args.dtype)
+    with blame("--device"):
+        device, dtype = pick_device(args.device, args.dtype)
     init = open_picture(args.init_image, "--init-image") if args.init_image else None
-    mask = open_picture(args.mask, "--mask") if args.mask else None
+    mask = open_picture(args.mask, "--mask", "black") if args.mask else None
     stem, ext = os.path.splitext(args.output)
     known = Image.registered_extensions().get(ext.lower()) in Image.SAVE and ext.lower() != ".gif"
     if not known or not os.path.isdir(os.path.dirname(stem) or "."):
@@ -388,7 +388,7 @@ def main(args):
     if args.gif:
         names.append(f"{stem}.gif")
         with torch.inference_mode():                               # what each step foresaw, of the first few pictures
-            movie = [grid(decode(pipe, x0)) for x0 in frames[: len(frames) // -(-len(pictures) // len(frames[0]))]]
+            movie = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, x0, args.tile)]) for x0 in frames]
         movie[0].save(names[-1], save_all=True, append_images=movie[1:] + movie[-1:] * 10, duration=100, loop=0)
     print("\n".join(names))
 

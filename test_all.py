@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 
 import diffusers
 import numpy as np
@@ -738,8 +739,9 @@ def test_what_a_single_file_predicts_can_be_said(singles, tmp_path):
     (lambda s: s.pop("first_stage_model.decoder.up.1.block.0.conv1.weight"), "decoder.up_blocks.2.resnets.0.conv1.weight is missing"),
     (lambda s: s.update({"first_stage_model.quant_conv.bias": torch.ones(5)}), r"quant_conv.bias is \(5,\), should be \(8,\)"),
     (lambda s: s.update({"model.diffusion_model.label_emb.0.0.weight": torch.ones(5)}), "label_emb.0.0.weight is .*should be absent"),
-    (lambda s: [s.pop(k) for k in list(s) if k.startswith("cond_stage")], "text_encoder, 0 tensors cond_stage_model"),
-    (lambda s: [s.update({"lora_" + k: s.pop(k)}) for k in list(s)], "unet, 0 tensors model.diffusion_model")])
+    (lambda s: s.pop("cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.bias"), "layers.1.mlp.fc1.bias is missing"),
+    (lambda s: [s.pop(k) for k in list(s) if k.startswith("cond_stage")], "holds no text_encoder: no tensor cond_stage_model"),
+    (lambda s: [s.update({"lora_" + k: s.pop(k)}) for k in list(s)], "holds no unet: no tensor model.diffusion_model")])
 def test_a_single_file_that_does_not_fit_is_named(singles, tmp_path, spoil, words):
     state, path = dict(singles["1.5"][0]), str(tmp_path / "odd.safetensors")
     spoil(state)
@@ -763,7 +765,8 @@ class Hostile:
     lambda bad, path: torch.save({"state_dict": {"a": torch.ones(2)}, "bad": bad}, path),
     lambda bad, path: torch.save({"a": bad}, path, _use_new_zipfile_serialization=False),
     lambda bad, path: pickle.dump({"state_dict": bad}, open(path, "wb"), protocol=2),
-    lambda bad, path: pickle.dump(bad, open(path, "wb")), lambda bad, path: torch.save([bad], path, pickle_protocol=4)],
+    lambda bad, path: pickle.dump(bad, open(path, "wb")), lambda bad, path: torch.save(
+        OrderedDict(a=torch.ones(2), bad=bad), path, pickle_protocol=4)],
     ids=["zip", "legacy", "protocol 2", "newest protocol", "zip, protocol 4"])
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_hostile_pickle_runs_nothing_and_is_named(saved, tmp_path, write):
@@ -946,6 +949,34 @@ def test_a_large_photo_keeps_its_own_pixels_where_the_mask_says_so(saved):
     assert abs(np.asarray(before, int)[:, 230:] - np.asarray(after, int)[:, 230:]).mean() > 20
 
 
+def test_every_stroke_of_a_mask_is_redrawn(saved, tmp_path):
+    """Also one of three pixels, in any colour that is bright, on a layer that is transparent elsewhere; and nothing else."""
+    photo().save(tmp_path / "photo.png")
+    stroke = np.zeros((64, 64), bool)
+    stroke[:, 30:33] = True
+    masks = {"plain": Image.fromarray(np.uint8(stroke * 255)), "green": Image.fromarray(np.uint8(stroke[..., None] * [0, 255, 0])),
+             "layer": Image.fromarray(np.uint8(stroke[..., None] * 255).repeat(4, axis=2), "RGBA")}
+    for name, mask in masks.items():
+        mask.save(tmp_path / f"{name}.png")
+        status, _, err = run("sample.py", "fog", "--model", saved, "--init-image", "photo.png", "--mask", f"{name}.png", "--steps", 3,
+                             "--strength", 1, "--output", "out.png", cwd=tmp_path)
+        assert status == 0, err
+        changed = abs(np.asarray(photo(), int) - np.asarray(Image.open(tmp_path / "out.png"), int)).max(axis=2)
+        assert (changed[~stroke] == 0).all() and (changed[:, 31] > 5).mean() > 0.9, name
+
+
+def test_models_whose_parts_do_not_fit_are_refused(saved, tmp_path):
+    for name, part, change, words in (
+            ("eight", SMALL_UNET, dict(in_channels=8), "8 input channels"), ("wide", SMALL_UNET, dict(cross_attention_dim=32), "32 wide")):
+        shutil.copytree(saved, tmp_path / name)
+        sample.save_module(shake(UNet.from_config(dict(part, **change))), str(tmp_path / name / "unet"), "unet")
+        with pytest.raises(BadInput, match=f"{name}: .*{words}"):
+            load_pipeline(str(tmp_path / name))
+    for side, expected in ((None, 64), ([24, 16], 24)):            # both are legal in a published config
+        assert UNet.from_config(dict(SMALL_UNET, sample_size=side)).config["sample_size"] == expected
+    assert VAE.from_config(dict(SMALL_VAE, scaling_factor=None)).scaling_factor == 0.18215
+
+
 @pytest.mark.parametrize("prompt, negative", [
     ("a red house, on a hill: \"home\"", "fog"), ("two\nlines\nSteps: 3, Seed: 9", ""), ("", ""),
     ("a\nNegative prompt: not this\nb", "but this, and: that"), ("\u6e7e \U0001f389 \u05d0", "\\ \" , :")])
@@ -954,7 +985,8 @@ def test_like_repeats_a_picture(saved, tmp_path, prompt, negative):
                          2.5, "--sampler", "ddim", "--width", 48, "--output", "a.png", cwd=tmp_path)
     assert status == 0, err
     text = Image.open(tmp_path / "a.png").text["parameters"]
-    assert text.startswith(prompt + "\nNegative prompt: " + negative + "\nSteps: 3, Sampler: DDIM, CFG scale: 2.5, Seed: 41, Size: 48x")
+    assert text.startswith(prompt + "\nNegative prompt: " + negative + "\nSteps: 3, CFG scale: 2.5, Seed: 41, Model: ")
+    assert ", Sampler: DDIM, Size: 48x" in text
     flags = sample.read_parameters(tmp_path / "a.png")
     assert flags["prompts"] == [prompt] and flags["negative"] == negative
 
@@ -964,17 +996,18 @@ def test_like_repeats_a_picture_made_from_a_picture(saved, tmp_path):
     mask = Image.new("L", (70, 50), 255)
     mask.paste(0, (0, 0, 30, 50))
     mask.save(tmp_path / "mask.png")
-    command = ["fog", "boat", "--num-images", 2, "--model", saved, "--steps", 4, "--strength", 0.7, "--init-image", "in, a: b.png",
-               "--mask", "mask.png"]
+    command = ["fog", "--num-images", 2, "--model", saved, "--steps", 4, "--strength", 0.7, "--init-image", "in, a: b.png",
+               "--prediction-type", "v_prediction", "--tile", "--mask", "mask.png", "boat", "--gif"]
     status, _, err = run("sample.py", *command, "--output", "a.png", cwd=tmp_path)
     assert status == 0, err
     for more in ([], ["--seed", 9]):
         status, _, err = run("sample.py", "--like", "a-3.png", "--output", "b.png", *more, cwd=tmp_path)
         assert status == 0, err
+        assert Image.open(tmp_path / "a.gif").n_frames == 2 and Image.open(tmp_path / "a.gif").size == (140, 100)
         same = decibel([Image.open(tmp_path / "a-3.png")], [Image.open(tmp_path / "b.png")]) > 45
         assert same == (not more)                                  # a flag overrides what the picture says
     status, _, err = run("sample.py", "--like", "mask.png", cwd=tmp_path)
-    assert status == 2 and "--like: mask.png" in err.splitlines()[-1]
+    assert status == 2 and "--like mask.png" in err.splitlines()[-1]
 
 
 def test_other_tools_parameters_are_read(tmp_path):
@@ -986,7 +1019,7 @@ def test_other_tools_parameters_are_read(tmp_path):
     flags = sample.read_parameters(tmp_path / "a.png")
     assert (flags["prompts"], flags["negative"]) == (["a castle, (detailed:1.2)\nat night"], "blurry, low: quality")
     assert [flags[k] for k in ("steps", "sampler", "guidance", "seed", "width", "height", "model")] == \
-        [20, "dpmpp", 7.0, 12345, 512, 768, "v1-5-pruned"]
+        ["20", "dpmpp", "7", "12345", "512", "768", "v1-5-pruned"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ def parse_args():
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.error = lambda message: p.exit(2, f"train.py: {message}\n")   # one line, without the usage
     args = p.parse_args()
     for flag, value in vars(args).items():
         low = 0 if flag in ("seed", "workers", "min_snr") else 1e-9
@@ -52,18 +53,16 @@ def parse_args():
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'0 or ' * (low == 0)}above 0")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-import copy, csv, functools, json, math, os, time
-from dataclasses import replace
-from itertools import islice, repeat
+import copy, csv, dataclasses, functools, itertools, json, math, os, time
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from clip_encoder import build_clip, contrastive_loss, own_caption_wins, tokenize
-from ddpm import NoiseSchedule, diffusion_loss, loss_by_time, loss_profile, optimizers
-from sample import (PARTS, BadInput, Pipeline, encode_prompts, generate, grid, load_clip, load_pipeline,
-                    open_picture, pick_device, save_module, save_pipeline, write_beside)
+from ddpm import NoiseSchedule, diffusion_loss, loss_by_time, loss_profile, optimizers, pick_device
+from sample import (PARTS, BadInput, Pipeline, blame, encode_prompts, generate, grid, load_clip, load_pipeline,
+                    open_picture, save_module, save_pipeline, write_beside)
 from unet import UNET_SIZES, UNet
 from vae import VAE, DiagonalGaussian, as_pictures, picture_to_tensor, psnr, tensor_to_pictures, vae_loss, vae_sizes
 
@@ -313,7 +312,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         for k in range(start * batch_size, steps * batch_size, size):
             yield [order(p // data.n)[p % data.n] for p in range(k, k + size)]
     workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
-    ready = repeat(None) if pixels is None else DataLoader(
+    ready = itertools.repeat(None) if pixels is None else DataLoader(
         pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
     supply, sums, began = zip(batches(), ready), {}, time.time()
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=1)
@@ -321,7 +320,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         for step in bar:
             # All chance comes from the step's number: a resumed run draws what an uninterrupted one would have drawn.
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            for indices, bytes_ in islice(supply, args.grad_accum):
+            for indices, bytes_ in itertools.islice(supply, args.grad_accum):
                 with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
                     loss, numbers = loss_of(model, bytes_, indices, generator)
                 scaler.scale(loss / args.grad_accum).backward()
@@ -437,7 +436,7 @@ def train_unet(pipe, data, val, args):
         return losses.mean(), loss_by_time(losses, t, schedule.T)
     prompts = list(dict.fromkeys(["a landscape"] * (args.data == "landscapes") + val.captions))[:16]
     def show(unet, step):
-        pictures = generate(replace(pipe, unet=unet), prompts, steps=15, guidance=4.0, progress=False)
+        pictures = generate(dataclasses.replace(pipe, unet=unet), prompts, steps=15, guidance=4.0, progress=False)
         save_sheet(pictures, 8, args, f"unet-{step:06d}")
     changed = list(PARTS)
     def keep(unet):
@@ -471,7 +470,8 @@ def evaluate(pipe, data, val, args, n=100):
 
 def main(args):
     """Run the stages that the command line (parse_args) asks for."""
-    args.device, args.dtype = pick_device(args.device, args.dtype)
+    with blame("--device"):
+        args.device, args.dtype = pick_device(args.device, args.dtype)
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
     words = ["text_encoder"] * (args.text_encoder == "scratch" or args.stage == "eval")

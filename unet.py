@@ -250,7 +250,8 @@ class UNet(nn.Module):
         if tuple(up_block_types or mirrored) != mirrored or not len(attends) == len(heads) == levels:
             raise ValueError("config.json: down_block_types, up_block_types, attention_head_dim and block_out_channels "
                              "do not describe one ladder")
-        self.config |= dict(block_out_channels=channels, up_block_types=mirrored)
+        side = max(sample_size) if isinstance(sample_size, tuple) else sample_size
+        self.config |= dict(block_out_channels=channels, up_block_types=mirrored, sample_size=side)
         temb = 4 * channels[0]
 
         def resnet(cin, cout):
@@ -327,9 +328,8 @@ class UNet(nn.Module):
                 (r"in_layers\.0", "norm1"), (r"in_layers\.2", "conv1"), (r"emb_layers\.1", "time_emb_proj"),
                 (r"out_layers\.0", "norm2"), (r"out_layers\.3", "conv2"), (r"skip_connection", "conv_shortcut")):
             state = {re.sub(old, new, k): x for k, x in state.items()}
-        levels = range(len(ends) + 1)
-        channels = [state[f"down_blocks.{i}.resnets.0.conv2.weight"].size(0) for i in levels]
-        attends = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in levels]
+        channels = [state[f"down_blocks.{i}.resnets.0.conv2.weight"].size(0) for i in range(len(ends) + 1)]
+        attends = [f"down_blocks.{i}.attentions.0.proj_in.weight" in state for i in range(len(ends) + 1)]
         linear = state["mid_block.attentions.0.proj_in.weight"].dim() == 2          # Stable Diffusion 2
         return dict(
             in_channels=state["conv_in.weight"].size(1), block_out_channels=channels, layers_per_block=n - 1,

@@ -385,11 +385,12 @@ def supported(config, model, only):
     bookkeeping unless it is switched on. Raises ValueError naming the key.
     """
     arguments = inspect.signature(model).parameters
-    bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim"}
+    bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim", "decay", "min_decay", "power",
+                   "inv_gamma", "optimization_step", "update_after_step", "use_ema_warmup"}
     kept = {}
     for key, value in config.items():
-        if key in arguments:
-            kept[key] = tuple(value) if isinstance(value, list) else value
+        if key in arguments:                                       # null asks for the default
+            kept |= {} if value is None else {key: tuple(value) if isinstance(value, list) else value}
         elif key in only:
             values = value if isinstance(value, (list, tuple)) else [value]
             if any(v != only[key] for v in values):
