@@ -225,6 +225,18 @@ def optimizers(model):
     return (Muon([p for name, p in model.named_parameters() if name in inner]),
             torch.optim.AdamW([p for name, p in model.named_parameters() if name not in inner], weight_decay=0.0))
 
+def learning_rate(step, steps, peak):
+    """Warm up for 100 steps while the optimizers' averages are still empty; then decay along a cosine, to settle."""
+    return peak * min((step + 1) / min(100, steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+@torch.no_grad()
+def update_average(average, model, step):
+    """Follow the model's weights with an average over the last 200 steps or so, fewer at first: the jitter of single
+    steps cancels out, and what is drawn with it is better."""
+    decay = min(0.995, (1 + step) / (10 + step))
+    for a, p in zip(average.parameters(), model.parameters()):
+        a.lerp_(p, 1 - decay)
+
 # ---- Guidance --------------------------------------------------------------------------------------------------------
 def guide(cond, uncond, w):
     """Classifier-free guidance, w * (cond - uncond) + uncond (Ho & Salimans 2022, Eq. 6, their weight being w - 1).

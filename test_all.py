@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -1406,12 +1407,13 @@ def test_resumed_weights_equal_uninterrupted_ones(trained, tmp_path):
     command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, TINY_RUN), "--steps", "20",
                "--sample-every", "1000", "--out"]
     assert subprocess.run([*command, str(tmp_path / "whole")], stderr=subprocess.DEVNULL).returncode == 0
-    for stage in ("vae", "unet"):
-        process = subprocess.Popen([*command, str(tmp_path / "broken"), "--resume"], stderr=subprocess.DEVNULL)
+    for stage, blow in (("vae", signal.SIGKILL), ("unet", signal.SIGINT)):
+        process = subprocess.Popen([*command, str(tmp_path / "broken"), "--resume"], stderr=subprocess.PIPE, text=True)
         while process.poll() is None and not (tmp_path / f"broken/train_state/{stage}.pt").exists():
             time.sleep(0.02)
-        process.kill()
-        process.wait()
+        process.send_signal(blow)
+        _, err = process.communicate()
+        assert process.returncode in (-9, 1) and "Traceback" not in err and (blow == signal.SIGINT) == ("--resume" in err)
         saved = torch.load(tmp_path / f"broken/train_state/{stage}.pt", weights_only=True)["step"]
         assert saved < (13 if stage == "vae" else 20)              # it was indeed stopped on the way
     assert subprocess.run([*command, str(tmp_path / "broken"), "--resume"], stderr=subprocess.DEVNULL).returncode == 0
@@ -1451,15 +1453,23 @@ def test_help_does_not_load_torch(script):
     assert "usage:" in done.stdout and done.stdout.strip().endswith("False")
 
 
-def test_training_is_the_same_in_parts(tmp_path):
-    """--grad-accum and --grad-checkpoint change memory; the VAE's result they do not change, beyond rounding."""
-    vaes = []
-    for extra in ([], ["--grad-accum", 2], ["--grad-checkpoint"]):
-        status, _, err = run("train.py", *TINY_RUN, "--out", tmp_path / "out", *extra)
+@pytest.mark.parametrize("stage", ["vae", "unet"])
+def test_training_is_the_same_in_parts(trained, tmp_path, stage):
+    """--grad-accum and --grad-checkpoint change memory; what VAE and U-Net learn they do not change, beyond rounding."""
+    results = []
+    for k, extra in enumerate(([], ["--grad-accum", 2], ["--grad-checkpoint"], ["--seed", 1])):
+        shutil.copytree(trained / "out", tmp_path / str(k))
+        status, _, err = run("train.py", "--stage", stage, *TINY_RUN, "--out", tmp_path / str(k), *extra)
         assert status == 0, err
-        vaes.append(load_pipeline(str(tmp_path / "out")).vae)
-    for other in vaes[1:]:
-        assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(vaes[0].state_dict().values(), other.state_dict().values()))
+        results.append(getattr(load_pipeline(str(tmp_path / str(k))), stage).state_dict())
+    same = [all(torch.allclose(results[0][name], other[name], atol=1e-3) for name in other) for other in results]
+    assert same == [True, True, True, False]
+
+
+def test_a_run_gone_wrong_stops_before_it_is_saved(tmp_path):
+    status, _, err = run("train.py", "--stage", "vae", *TINY_RUN, "--steps", 40, "--lr", 1e11, "--save-every", 50, cwd=tmp_path)
+    assert status == 1 and "nan" in err and "--lr" in err.splitlines()[-1] and "Traceback" not in err
+    assert not list(tmp_path.glob("out/train_state/*"))
 
 
 if __name__ == "__main__":

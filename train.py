@@ -53,14 +53,15 @@ def parse_args():
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'0 or ' * (low == 0)}above 0")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-import copy, csv, dataclasses, functools, itertools, json, math, os, time
+import copy, csv, dataclasses, functools, itertools, json, math, os, signal, time
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from clip_encoder import build_clip, contrastive_loss, own_caption_wins, tokenize
-from ddpm import NoiseSchedule, diffusion_loss, loss_by_time, loss_profile, optimizers, pick_device
+from ddpm import (NoiseSchedule, diffusion_loss, learning_rate, loss_by_time, loss_profile, optimizers, pick_device,
+                  update_average)
 from sample import (PARTS, BadInput, Pipeline, blame, encode_prompts, generate, grid, load_clip, load_pipeline,
                     open_picture, save_module, save_pipeline, write_beside)
 from unet import UNET_SIZES, UNet
@@ -281,8 +282,9 @@ def open_data(args, split):
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
-    """Train model for the stage's steps. What is shown and kept is the moving average of its weights.
-    loss_of(model, pixels, indices, generator) -> (loss, {name: number}), with pixels prepared by worker processes.
+    """Train model for the stage's steps. What is shown and kept is the moving average of its weights. loss_of(model,
+    pixels, indices, generators) -> (loss, {name: number}): pixels are prepared by worker processes; all chance is from
+    the generators, one for each picture, and so the same in a batch as in its parts.
     show(average, step): draw something for a person to judge.  keep(average): save it for the next stage."""
     (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
     if args.steps:                                                 # with --stage all, other stages keep in proportion
@@ -308,41 +310,39 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     @functools.lru_cache(2)
     def order(epoch):
         return torch.randperm(data.n, generator=torch.Generator().manual_seed(1000 * args.seed + epoch)).tolist()
-    def batches():                                                 # of indices: a matter of the seed and the step alone
-        for k in range(start * batch_size, steps * batch_size, size):
-            yield [order(p // data.n)[p % data.n] for p in range(k, k + size)]
+    def places():                                                  # in an endless row of pictures, epoch after epoch
+        return (range(k, k + size) for k in range(start * batch_size, steps * batch_size, size))
+    def batches():                                                 # what stands there: a matter of the seed alone
+        return ([order(p // data.n)[p % data.n] for p in batch] for batch in places())
     workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
     ready = itertools.repeat(None) if pixels is None else DataLoader(
         pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
-    supply, sums, began = zip(batches(), ready), {}, time.time()
+    supply, sums, began, stop = zip(places(), batches(), ready), {}, time.time(), []
+    signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=1)
     with open(log, "a" if start else "w", 1) as log_file:
         for step in bar:
-            # All chance comes from the step's number: a resumed run draws what an uninterrupted one would have drawn.
-            generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-            for indices, bytes_ in itertools.islice(supply, args.grad_accum):
+            for places_, indices, bytes_ in itertools.islice(supply, args.grad_accum):
+                # Chance comes from the place alone: a resumed run draws what an uninterrupted one would have drawn.
+                generators = [torch.Generator().manual_seed(args.seed * 10 ** 12 + p) for p in places_]
                 with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
-                    loss, numbers = loss_of(model, bytes_, indices, generator)
+                    loss, numbers = loss_of(model, bytes_, indices, generators)
                 scaler.scale(loss / args.grad_accum).backward()
                 for name, value in {"loss": loss.detach(), **numbers}.items():
                     sums.setdefault(name, []).append(float(value))
-            if not math.isfinite(sums["loss"][-1]):
-                sys.exit(f"train.py: stage {stage}: the loss is {sums['loss'][-1]} at step {step}: try a smaller --lr")
-            # Warm up while the optimizers' averages are still empty; then decay along a cosine, to settle.
-            lr = peak * min((step + 1) / min(100, steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
             scaler.unscale_(muon)
             scaler.unscale_(adamw)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # one odd batch must not lead far astray
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # one odd batch must not do much harm
+            if not math.isfinite(sums["loss"][-1] + (0 if scaler.is_enabled() else norm)):  # float16 has its scaler
+                sys.exit(f"train.py: {stage}, step {step}: loss {sums['loss'][-1]}, gradient {norm}; try a lower --lr")
+            lr = learning_rate(step, steps, peak)
             for opt in (muon, adamw):
                 opt.param_groups[0]["lr"] = lr
                 scaler.step(opt)
                 opt.zero_grad()
             scaler.update()
-            # An average over the last 200 steps or so, fewer at first: the jitter of single steps cancels out.
-            decay = min(0.995, (1 + step) / (10 + step))
-            for a, p in zip(average.parameters(), model.parameters()):
-                a.lerp_(p.detach(), 1 - decay)
-            done, last = step + 1, step + 1 == steps
+            update_average(average, model, step)
+            done, last = step + 1, step + 1 == steps or stop
             if done % 10 == 0 or done % args.sample_every == 0 or last:
                 row = {name: sum(values) / len(values) for name, values in sums.items()}
                 rate, sums = (done - start) * batch_size / (time.time() - began), {}
@@ -355,6 +355,8 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
                 keep(average)
                 saved = {name: part.state_dict() for name, part in state.items()} | {"step": done}
                 write_beside(path, lambda to: torch.save(saved, to))
+            if stop and done < steps:
+                sys.exit(f"train.py: {stage} stopped after step {done} of {steps}; with --resume it goes on")
     if start >= steps:                                             # resumed at the end: nothing was left to train
         keep(average)
 
@@ -362,8 +364,7 @@ def plot(log, path, W=640, H=360):
     """The losses of a log file as a curve, on a logarithmic scale."""
     rows = [json.loads(line) for line in open(log)]
     ys = [math.log10(max(row["loss"], 1e-9)) for row in rows]
-    last, low, high = rows[-1]["step"], min(ys), max(ys) + 1e-6
-    sheet = Image.new("RGB", (W, H), "white")
+    last, low, high, sheet = rows[-1]["step"], min(ys), max(ys) + 1e-6, Image.new("RGB", (W, H), "white")
     xs = [10 + row["step"] / last * (W - 20) for row in rows]
     ImageDraw.Draw(sheet).line([(x, 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)], "navy")
     ImageDraw.Draw(sheet).text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}; {last} steps", "black")
@@ -380,8 +381,8 @@ def train_vae(pipe, data, val, args):
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     unseen = as_pictures(val.pixels[list(range(min(val.n, max(8, 2 ** 18 // args.image_size ** 2))))], args.device)
-    def loss_of(vae, pixels, indices, generator):
-        return vae_loss(vae, as_pictures(pixels, args.device), generator=generator)
+    def loss_of(vae, pixels, indices, generators):
+        return vae_loss(vae, as_pictures(pixels, args.device), generator=generators)
     def show(vae, step):
         redrawn = vae.decode(vae.encode(unseen[:8]).mode())
         save_sheet(tensor_to_pictures(torch.cat([unseen[:8], redrawn])), len(redrawn), args, f"vae-{step:06d}")
@@ -396,7 +397,7 @@ def train_clip(pipe, data, val, args):
     """Stage 2: captions beside their pictures. Sets pipe.tokenizer and pipe.text_encoder."""
     pipe.tokenizer, clip = build_clip(args.preset, args.image_size, data.captions)
     ids = tokenize(pipe.tokenizer, data.captions)
-    def loss_of(clip, pixels, indices, generator):
+    def loss_of(clip, pixels, indices, generators):
         return contrastive_loss(clip, as_pictures(pixels, args.device), ids[indices].to(args.device))
     def keep(clip):
         pipe.text_encoder = clip.text_encoder()
@@ -424,14 +425,13 @@ def train_unet(pipe, data, val, args):
         return torch.cat([q.mean, q.logvar], dim=1)
     latents = Kept(data.n, (2 * vae.config["latent_channels"], side, side), torch.float16, moments, args.out, 8)
     contexts = Kept(len(texts), (length, width), torch.float16, states, args.out, 8)
-    def loss_of(unet, _, indices, generator):                      # DDPM's Algorithm 1, on latents
-        x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generator).to(device)
+    def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents
+        x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generators).to(device)
         # Sometimes forget the caption: one network learns eps(x_t, t, text) and eps(x_t, t). Guidance needs both.
-        dropped = torch.rand(len(x0), generator=generator) < 0.1
-        rows = [0 if drop else row[data.captions[i]] for i, drop in zip(indices, dropped)]
+        rows = [0 if torch.rand((), generator=g) < 0.1 else row[data.captions[i]] for i, g in zip(indices, generators)]
         context = contexts[rows].float().to(device)                # (B, T, D)
-        t = torch.randint(0, schedule.T, (len(x0),), generator=generator).to(device)
-        eps = torch.randn(x0.shape, generator=generator).to(device)
+        t = torch.cat([torch.randint(0, schedule.T, (1,), generator=g) for g in generators]).to(device)
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
         losses = diffusion_loss(schedule, lambda x_t, t: unet(x_t, t, context), x0, t, eps, args.min_snr)
         return losses.mean(), loss_by_time(losses, t, schedule.T)
     prompts = list(dict.fromkeys(["a landscape"] * (args.data == "landscapes") + val.captions))[:16]

@@ -54,7 +54,6 @@ class Attention(nn.Module):
     def forward(self, x, context=None):
         context = x if context is None else context                # no text: self-attention
         B, N, C = x.shape
-
         def split(t):                                              # (B, L, C) -> (B, heads, L, C/heads)
             return t.view(B, -1, self.heads, C // self.heads).transpose(1, 2)
         q, k, v = split(self.to_q(x)), split(self.to_k(context)), split(self.to_v(context))
@@ -221,11 +220,13 @@ class DiagonalGaussian:
         """z = mu + sigma * eps with eps ~ N(0, I): the reparameterization trick (Kingma & Welling, section 2.4).
 
         Drawing z directly would cut the gradient: chance has no derivative. Written this way chance enters as an input
-        eps, and z depends smoothly on mu and sigma. A CPU generator gives the same z on every device.
+        eps, and z depends smoothly on mu and sigma. generator: one, or a list with one for each picture, whose z is
+        then the same in any batch; on the CPU, the same on any device.
         """
-        device = generator.device if generator is not None else self.mean.device
-        eps = torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
-        return self.mean + (0.5 * self.logvar).exp() * eps
+        shape, each = self.mean.shape, isinstance(generator, list)
+        eps = torch.stack([torch.randn(shape[1:], generator=g) for g in generator]) if each else \
+            torch.randn(shape, generator=generator, device=self.mean.device if generator is None else generator.device)
+        return self.mean + (0.5 * self.logvar).exp() * eps.to(self.mean.device)
 
     def mode(self):
         """The most likely z: mu itself, (B, Z, h, w)."""
@@ -369,7 +370,6 @@ def as_pictures(pixels, device):
 
 def psnr(vae, x):
     """How well x (B, 3, H, W) in [-1, 1] survives the way through the latents: peak signal-to-noise ratio in dB.
-
     10 log10(peak^2 / mean squared error), a mean over pictures, with peak = 2, the width of [-1, 1]. At 30 dB the loss
     is hard to see, at 20 dB it is plain.
     """
