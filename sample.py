@@ -259,7 +259,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     device. height, width: in pixels; by default as the model was trained, or as the init image. init_image (PIL): start
     from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black is kept. latents
     (B, 4, h, w): the noise to start from. frames: a list, to which each step's prediction of the first few finished
-    latents is added. tile: decode in tiles. last: let go of U-Net and text encoder before decoding. Raises BadInput.
+    latents is added. tile: decode in tiles. last: let go of text encoder and U-Net once they are done. BadInput.
     """
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
@@ -304,14 +304,15 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         mask = F.interpolate(redrawn, (h, w)) if inpainting_model else F.max_pool2d(redrawn, f)     # (1, 1, h, w)
     times = schedule.timesteps(steps, sampler, 1.0 if init is None else strength)
     drawn, few = [], max(1, 4 * 64 * 64 // (h * w))                # so many at once: four of Stable Diffusion's
-    bar = tqdm(total=-(-len(prompts) // few) * len(times), desc="drawing", unit="step", disable=not progress)
-    for first in range(0, len(prompts), few):
-        batch = prompts[first: first + few]
-        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
+    # What to draw: of each batch the prompts, after what to move away from by guidance: (B or 2*B, T, D).
+    batches = [prompts[k: k + few] for k in range(0, len(prompts), few)]
+    contexts = [encode_prompts(pipe, [negative_prompt] * len(b) * (guidance != 1) + b) for b in batches]
+    pipe.text_encoder = None if last else pipe.text_encoder
+    bar = tqdm(total=len(batches) * len(times), desc="drawing", unit="step", disable=not progress)
+    for first, context in zip(range(0, len(prompts), few), contexts):
+        generators = [torch.Generator().manual_seed(seed + k) for k in range(first, min(first + few, len(prompts)))]
         def randn(_=None):
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)
-        # What to draw: the prompts, after what to move away from by guidance.
-        context = encode_prompts(pipe, [negative_prompt] * len(batch) * (guidance != 1) + batch)    # (B or 2*B, T, D)
         # Where to start: from noise, or from a picture with as much noise as the first step expects.
         start = init is not None and not (inpainting_model and strength == 1)
         known, seen = encode_picture(pipe, init, generators) if start else None, None
@@ -319,7 +320,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         z = schedule.q_sample(known, times[0][0], z) if start else z
         if inpainting_model:
             around = encode_picture(pipe, init * (redrawn.cpu() < 0.5), generators)
-            seen = torch.cat([mask.expand(len(batch), -1, -1, -1), around], dim=1)  # (B, 5, h, w)
+            seen = torch.cat([mask.expand(len(generators), -1, -1, -1), around], dim=1)  # (B, 5, h, w)
         model = guided(pipe.unet, context, guidance, seen)
         model = pin(schedule, model, known, mask) if paste else model
         for z, x0 in SAMPLERS[sampler](schedule, model, z, times, randn=randn):
@@ -328,13 +329,12 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
                 frames.append(x0)
         drawn.append(z)
     bar.close()
-    if last:
-        pipe.unet = pipe.text_encoder = model = None
+    model = pipe.unet = None if last else pipe.unet
     pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
     if paste:                                                      # what is kept is kept to the pixel, with a soft seam
         size = finished or (width, height)
         original, white = (ImageOps.fit(p, size, Image.Resampling.LANCZOS) for p in (init_image, mask_image))
-        soft = Image.blend(white, white.filter(ImageFilter.MinFilter(3)), 0.5)      # within the white, so narrow that
+        soft = Image.blend(white, white.filter(ImageFilter.MinFilter(3)), 0.5)      # narrow: thin strokes count, too
         pictures = [Image.composite(p.resize(size, Image.Resampling.LANCZOS), original, soft) for p in pictures]
     return pictures
 
