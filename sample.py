@@ -75,7 +75,6 @@ def read_parameters(path):
     return {"prompts": [prompt], "negative": negative, "sampler": sampler} | {
         flag: field[name] for name, flag in FIELDS.items() if name in field}
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -328,13 +327,14 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
             if frames is not None and first == 0:
                 frames.append(x0)
         drawn.append(z)
-    bar.close()
     model = pipe.unet = None if last else pipe.unet
     pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
     if paste:                                                      # what is kept is kept to the pixel, with a soft seam
         size = finished or (width, height)
         original, white = (ImageOps.fit(p, size, Image.Resampling.LANCZOS) for p in (init_image, mask_image))
-        soft = Image.blend(white, white.filter(ImageFilter.MinFilter(3)), 0.5)      # narrow: thin strokes count, too
+        # The seam: a third, two thirds, then all of what was redrawn. A wider one would swallow thin strokes.
+        once, twice = (white.filter(ImageFilter.MinFilter(n)) for n in (3, 5))      # without its edge, and once more
+        soft = Image.blend(Image.blend(white, once, 1 / 2), twice, 1 / 3)
         pictures = [Image.composite(p.resize(size, Image.Resampling.LANCZOS), original, soft) for p in pictures]
     return pictures
 

@@ -966,6 +966,19 @@ def test_every_stroke_of_a_mask_is_redrawn(saved, tmp_path):
         assert (changed[~stroke] == 0).all() and (changed[:, 31] > 5).mean() > 0.9, name
 
 
+def test_the_seam_is_soft(saved):
+    """From what is kept to what is redrawn in several steps, all of them within the white."""
+    pipe, settings = load_pipeline(saved), dict(steps=3, strength=1.0, init_image=photo(), progress=False)
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (32, 0, 64, 64))
+    before, joined = np.asarray(photo(), int), np.asarray(generate(pipe, "fog", mask_image=mask, **settings)[0], int)
+    pipe.vae.decode = lambda z: torch.ones(len(z), 3, 64, 64)      # whatever was drawn, it is white
+    parts = abs(np.asarray(generate(pipe, "fog", mask_image=mask, **settings)[0], int) - before) / (255 - before).clip(1)
+    steps = np.median(parts, axis=(0, 2))[30:38]
+    assert (joined[:, :32] == before[:, :32]).all() and steps[:2].max() == 0 and steps[-1] > 0.98
+    assert (np.diff(steps) > -0.01).all() and np.diff(steps).max() < 0.5 and (steps > 0.2).sum() >= 5, steps
+
+
 def test_models_whose_parts_do_not_fit_are_refused(saved, tmp_path):
     for name, part, change, words in (
             ("eight", SMALL_UNET, dict(in_channels=8), "8 input channels"), ("wide", SMALL_UNET, dict(cross_attention_dim=32), "32 wide")):
