@@ -17,13 +17,7 @@ Papers: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 Letters: B batch; T tokens (77 as published); D width (768); V vocabulary (49408); P shared space; nh heads, hs head
 size. Read next: ddpm.py.
 """
-import inspect
-import json
-import math
-import os
-import re
-import sys
-
+import contextlib, inspect, json, math, os, re, sys
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,8 +28,7 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
 
     Byte-pair encoding starts from single bytes and again and again gives the most frequent pair of neighbours a symbol
     of its own, until the common words are one symbol each. Whatever is not a common word still has its bytes: no word
-    is ever unknown. Ids: 256 bytes, 256 bytes that end a word, the learned pairs, start of text, end of text.
-    """
+    is ever unknown. Ids: 256 bytes, 256 bytes that end a word, the learned pairs, start of text, end of text."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
     letters = sorted(ByteLevel.alphabet())
@@ -62,14 +55,18 @@ def load_tokenizer(source):
     except Exception as e:                                         # whatever it was, one line says where
         raise ValueError(f"{folder} holds no readable CLIP tokenizer ({str(e) or type(e).__name__})") from None
 
+def plain(text):
+    """text with "?" in place of what is no character: bytes of a file name or a command line that are not UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
 def tokenize(tokenizer, texts, max_length=None):
     """texts (list of str) -> ids (B, T) int64: start, the words, end, then padding up to T; longer texts are cut."""
-    T = min(tokenizer.model_max_length, max_length or 77)
+    T, texts = min(tokenizer.model_max_length, max_length or 77), [plain(text) for text in texts]
     return tokenizer(texts, padding="max_length", truncation=True, max_length=T, return_tensors="pt").input_ids
 
 def cut_off(tokenizer, text):
     """The end of text (str) that `tokenize` leaves out for want of room, "" for most texts."""
-    spans = tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]
+    spans = tokenizer(plain(text), return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]
     room = min(tokenizer.model_max_length, 77) - 2                 # beside start and end
     return text[spans[room][0]:] if len(spans) > room else ""
 
@@ -81,10 +78,23 @@ def weights_names(part):
     new, old = ("diffusion_pytorch_model",) * 2 if part in ("unet", "vae") else ("model", "pytorch_model")
     return [name for kind in ("", ".fp16", ".non_ema") for name in (f"{new}{kind}.safetensors", f"{old}{kind}.bin")]
 
+def settle(folder):
+    """Move what sample.py's `all_at_once` wrote to its place, where a process was killed before it could."""
+    written = os.path.join(folder, ".written")
+    for at, _, names in os.walk(written, topdown=False):
+        home = os.path.normpath(os.path.join(folder, os.path.relpath(at, written)))
+        os.makedirs(home, exist_ok=True)
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):           # someone who loads the model may be settling, too
+                os.replace(os.path.join(at, name), os.path.join(home, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(at)
+
 def find(model, parts=()):
     """A path as it is; a hub id -> its folder in the hub's cache, after downloading what is not there yet: configs,
     words and one file of weights for each part. ValueError says why not."""
     if os.path.exists(model):
+        settle(model)
         return model
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError("no such file, folder or hub id; `python train.py` (--stage vae, clip, unet) makes a model")
@@ -119,7 +129,6 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention (B, T, D) -> (B, T, D). causal: no token sees those after it."""
-
     def __init__(self, width, heads, causal):
         super().__init__()
         assert width % heads == 0, f"a width of {width} does not split into {heads} attention heads"
@@ -128,7 +137,6 @@ class SelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, D = x.shape
-
         def split(y):                                              # (B, T, D) -> (B, nh, T, hs)
             return y.view(B, T, self.heads, D // self.heads).transpose(1, 2)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
@@ -143,7 +151,6 @@ class SelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """Two layers on each token alone: (B, T, D) -> (B, T, D)."""
-
     def __init__(self, width, inner, activation):
         super().__init__()
         self.activation = ACTIVATIONS[activation]
@@ -155,7 +162,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x + attention, x + MLP, each after a layer norm."""
-
     def __init__(self, width, inner, heads, activation, causal, eps):
         super().__init__()
         self.self_attn = SelfAttention(width, heads, causal)
@@ -169,7 +175,6 @@ class Block(nn.Module):
 
 class Blocks(nn.Module):
     """The stack of blocks, under the name that the published weights give it: `encoder.layers`."""
-
     def __init__(self, width, inner, layers, heads, activation, causal, eps):
         super().__init__()
         self.layers = nn.ModuleList(Block(width, inner, heads, activation, causal, eps) for _ in range(layers))
@@ -182,7 +187,6 @@ class Blocks(nn.Module):
 # ---- The text tower --------------------------------------------------------------------------------------------------
 class TextEmbeddings(nn.Module):
     """ids (B, T) -> (B, T, D): what the token is, plus where it stands."""
-
     def __init__(self, vocab_size, width, max_length):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -195,7 +199,6 @@ class TextEmbeddings(nn.Module):
 
 class TextTransformer(nn.Module):
     """ids (B, T) -> (B, T, D), after the final layer norm: what Stable Diffusion's cross-attention reads."""
-
     def __init__(self, vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
                  max_position_embeddings, hidden_act, layer_norm_eps):
         super().__init__()
@@ -215,14 +218,17 @@ def known(config, model, model_type, defaults):
     config = {**defaults, **config}                                # transformers' defaults for what a file leaves out
     if config["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act = {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
-    return {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
+    kept = {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
+    for key, value in kept.items():
+        most = 256 if key == "num_hidden_layers" else 2 ** 20
+        if key not in ("hidden_act", "bos_token_id", "pad_token_id", "eos_token_id") and not 0 < value <= most:
+            raise ValueError(f"config.json: {key} = {value!r} is not above 0, or beyond {most}")
+    return kept
 
 class CLIPTextEncoder(nn.Module):
     """The text tower alone. `CLIPTextEncoder()` is Stable Diffusion 1's (CLIP ViT-L/14); names as in transformers.
 
-    forward: ids (B, T) int64 -> (B, T, D). hidden_act: "quick_gelu" (Stable Diffusion 1) or "gelu" (2).
-    """
-
+    forward: ids (B, T) int64 -> (B, T, D). hidden_act: "quick_gelu" (Stable Diffusion 1) or "gelu" (2)."""
     def __init__(self, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                  num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
                  bos_token_id=49406, eos_token_id=49407, pad_token_id=49407):
@@ -254,8 +260,7 @@ class CLIPTextEncoder(nn.Module):
         """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
 
         Stable Diffusion 1 has transformers' names. 2 has OpenCLIP's, with q, k and v in one matrix, and all 24 blocks
-        of it, though the states that its U-Net reads are those before the last.
-        """
+        of it, though the states that its U-Net reads are those before the last."""
         open_clip = any(k.startswith("model.") for k in state)
         state = {k.partition(".")[2]: x for k, x in state.items() if ".resblocks.23." not in k}
         if open_clip:
@@ -281,7 +286,6 @@ class CLIPTextEncoder(nn.Module):
 # ---- The vision tower, and the training that ties it to the text tower -----------------------------------------------
 class VisionEmbeddings(nn.Module):
     """x (B, 3, S, S) -> (B, 1 + (S/p)^2, D): patches of p x p pixels as words, after one word for the whole picture."""
-
     def __init__(self, width, image_size, patch_size):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
@@ -296,7 +300,6 @@ class VisionEmbeddings(nn.Module):
 
 class VisionTransformer(nn.Module):
     """x (B, 3, S, S) -> (B, D), the state of the word that stands for the whole picture (Dosovitskiy et al. 2020)."""
-
     def __init__(self, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
                  image_size=224, patch_size=32, hidden_act="quick_gelu", layer_norm_eps=1e-5):
         super().__init__()
@@ -313,11 +316,8 @@ class VisionTransformer(nn.Module):
 class CLIP(nn.Module):
     """Both towers, their projections into the shared space, the learned temperature; names as transformers' CLIPModel.
 
-    text_config, vision_config: dicts as in a published config.json; what they leave out has transformers' defaults.
-    """
-
+    text_config, vision_config: dicts as in a published config.json; what they leave out has transformers' defaults."""
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of CLIP's own pictures
-
     def __init__(self, text_config, vision_config, projection_dim=512, logit_scale_init_value=math.log(1 / 0.07)):
         super().__init__()
         text = CLIPTextEncoder.from_config(text_config)
@@ -366,7 +366,6 @@ def build_clip(preset, image_size, captions):
     width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
         "tiny": (128, 3, 128, 3, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
         "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]
-
     def tower(width, layers):
         return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
                     num_attention_heads=max(width // 64, 4))
@@ -377,17 +376,18 @@ def build_clip(preset, image_size, captions):
     vision = tower(vision_width, vision_layers) | dict(image_size=image_size, patch_size=max(image_size // patches, 1))
     return tokenizer, CLIP(text, vision, shared)
 
-def contrastive_loss(clip, x, ids):
+def contrastive_loss(clip, x, ids, join=lambda rows: rows):
     """Symmetric InfoNCE (Radford et al. 2021, Figure 3) of pictures x (B, 3, H, W) and captions ids (B, T).
 
     -> (loss, {"accuracy": how often a picture's own caption wins, "temperature": ...}).
+    join: where several processes share a batch, each row's (b, P) from all of them -> (B, P), to compete with.
 
     Every picture is asked which of the B captions is its own, every caption which of the B pictures, by cosine over a
     temperature: two classifications with the right answers on the diagonal. To win, the text tower must say everything
-    that tells these pictures apart. Identical captions are all right answers and must not count as wrong ones.
-    """
+    that tells these pictures apart. Identical captions are all right answers and must not count as wrong ones."""
     scale = clip.logit_scale.clamp(max=math.log(100)).exp()                         # the paper's limit, section 2.5
-    logits = scale * clip.encode_image(x) @ clip.encode_text(ids).T                 # (B, B): picture i, caption j
+    images, texts, ids = join(clip.encode_image(x)), join(clip.encode_text(ids)), join(ids)
+    logits = scale * images @ texts.T                              # (B, B): picture i, caption j
     same = (ids[:, None] == ids[None]).all(dim=-1) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
     logits = logits.float().masked_fill(same, float("-inf"))
     target = torch.arange(len(ids), device=ids.device)

@@ -26,12 +26,11 @@ Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Sol
 Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
 Read next: unet.py.
 """
-import math
-import re
-
+import contextlib, copy, functools, math, os, re
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 class NoiseSchedule:
     """The constants of the forward process, and what follows from them alone. No arguments: Stable Diffusion 1.5's.
@@ -40,14 +39,15 @@ class NoiseSchedule:
     beta_start, beta_end      first and last beta (unused by "cosine")
     beta_schedule             "linear", "scaled_linear" (linear in sqrt(beta)) or "cosine"
     prediction_type           what the network says: "epsilon" (the noise) or "v_prediction" (see `velocity`)
-    steps_offset, set_alpha_to_one, timestep_spacing, clip_sample     how published models want to be sampled
-    """
-
+    steps_offset, set_alpha_to_one, timestep_spacing, clip_sample     how published models want to be sampled"""
     def __init__(self, num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                  prediction_type="epsilon", steps_offset=1, set_alpha_to_one=False, timestep_spacing=None,
                  clip_sample=False):
         self.config = {k: v for k, v in locals().items() if k != "self"}
         T = self.T = num_train_timesteps
+        if not (type(T) is int and 0 < T <= 10 ** 6 and abs(steps_offset) <= T and 0 < beta_start <= beta_end < 1):
+            raise ValueError(f"num_train_timesteps = {T}, beta_start = {beta_start}, beta_end = {beta_end}, "
+                             f"steps_offset = {steps_offset} are no schedule: noise must grow, from 0 < beta < 1")
         if beta_schedule == "linear":                              # DDPM, section 4
             beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         elif beta_schedule == "scaled_linear":                     # Stable Diffusion
@@ -74,8 +74,7 @@ class NoiseSchedule:
     def from_config(cls, config):
         """From a published scheduler_config.json (dict), with diffusers' defaults for what it leaves out.
 
-        Raises ValueError naming a key that asks for something else.
-        """
+        Raises ValueError naming a key that asks for something else."""
         for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
             if config.get(key):
                 raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
@@ -104,8 +103,7 @@ class NoiseSchedule:
         """Mean and variance of q(x_prev | x_t, x_0), Bayes' rule for two Gaussians (DDPM, Eq. 6 and 7).
 
         t_prev < t is where to go, negative for the very end. With t_prev = t - 1 this is the paper's; a longer stride
-        is the same formula, with alpha = abar_t / abar_prev for all the steps in between.
-        """
+        is the same formula, with alpha = abar_t / abar_prev for all the steps in between."""
         abar, abar_prev = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
         alpha = abar / abar_prev
         beta = 1 - alpha
@@ -116,8 +114,7 @@ class NoiseSchedule:
         """v = sqrt(abar) eps - sqrt(1 - abar) x_0 (Salimans & Ho, section 4), what a v-prediction network says.
 
         Where noise is nearly everything, eps says little about the picture, and v turns into -x_0; where noise is
-        nearly nothing v turns into eps. It is a question worth asking at every t.
-        """
+        nearly nothing v turns into eps. It is a question worth asking at every t."""
         abar = self.at(self.alpha_bar, t, x0)
         return abar ** 0.5 * noise - (1 - abar) ** 0.5 * x0
 
@@ -138,8 +135,7 @@ class NoiseSchedule:
         linspace   evenly from T - 1 to 0
         A file that names no spacing means leading, and for DPM-Solver++ linspace. t_prev < 0 is the noiseless end.
         strength < 1 visits only that part of them, the last: a start from a picture skips the times that would decide
-        everything. Raises ValueError unless 1 <= steps <= T.
-        """
+        everything. Raises ValueError unless 1 <= steps <= T."""
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps = {steps} is not between 1 and {self.T}")
         spacing = self.timestep_spacing or ("linspace" if sampler == "dpmpp" else "leading")
@@ -163,8 +159,7 @@ def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
 
     model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None is the plain Eq. 14.
     In Eq. 14 an error in x_0 counts SNR(t) times, as Eq. 4 says: 1,175 at the first t and 0.005 at the last, and the
-    times fight over the network. Min-SNR counts it min(SNR(t), gamma) times (Hang et al., section 3).
-    """
+    times fight over the network. Min-SNR counts it min(SNR(t), gamma) times (Hang et al., section 3)."""
     x_t = schedule.q_sample(x0, t, noise)                                                          # Eq. 4
     v_prediction = schedule.prediction_type == "v_prediction"
     target = schedule.velocity(x0, t, noise) if v_prediction else noise
@@ -187,15 +182,36 @@ def loss_profile(schedule, model, x0, generator, parts=4):
     noise = torch.randn(x0.shape, generator=generator).to(x0.device)
     return loss_by_time(diffusion_loss(schedule, model, x0, t, noise), t, schedule.T, parts)
 
-# ---- The optimizer: of the U-Net, and of the two models before it ----------------------------------------------------
+# ---- Learning: of the U-Net, and of the two models before it; in one process or several ------------------------------
+RANK, WORLD = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))     # torchrun sets both
+
+def join(rows):
+    """Rows (b, ...) of this process -> (B, ...), those of all processes in their order."""
+    if WORLD == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, rows.detach())
+    # Gradients reach this process's rows alone: WORLD times, since the mean over all processes will be taken.
+    parts[RANK] = WORLD * rows - (WORLD - 1) * rows.detach()
+    return torch.cat(parts)
+
+def endless(n, seed):
+    """An endless row of n pictures, epoch after epoch, each in an order of its own -> a function: place -> picture."""
+    @functools.lru_cache(2)
+    def order(epoch):
+        return torch.randperm(n, generator=torch.Generator().manual_seed(1000 * seed + epoch)).tolist()
+    return lambda place: order(place // n)[place % n]
+
+def chances(seed, places):
+    """A random generator for each place in that row: chance is the same in any batch, process, or resumed run."""
+    return [torch.Generator().manual_seed((seed * 10 ** 12 + place) % 2 ** 63) for place in places]
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then a step of the same size in every direction that the gradient points in.
 
     A layer's gradient is a matrix with few large singular values, which AdamW's entry by entry steps repeat. Muon sets
     all of them to about 1, so that rare directions learn as fast as common ones. The VAE's first 90 seconds on two
-    cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone.
-    """
-
+    cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone."""
     def __init__(self, params, lr=1e-3, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
@@ -217,25 +233,75 @@ class Muon(torch.optim.Optimizer):
                 # Entries of about 0.2 lr in size, as AdamW's steps have: one learning rate serves both.
                 p.add_((X.T if turned else X).view_as(p), alpha=-0.2 * group["lr"] * max(X.shape) ** 0.5)
 
-def optimizers(model):
-    """(Muon, AdamW) for a model: Muon for the matrices inside; AdamW for gains and biases, which have no directions to
-    even out, for the embeddings of words, places and times, and for the first and last layer, which touch pixels."""
-    outer = re.compile(r"embedding|conv_in\.weight|conv_out\.weight")
-    inner = {name for name, p in model.named_parameters() if p.dim() > 1 and not outer.search(name)}
-    return (Muon([p for name, p in model.named_parameters() if name in inner]),
-            torch.optim.AdamW([p for name, p in model.named_parameters() if name not in inner], weight_decay=0.0))
-
 def learning_rate(step, steps, peak):
     """Warm up for 100 steps while the optimizers' averages are still empty; then decay along a cosine, to settle."""
     return peak * min((step + 1) / min(100, steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
 
-@torch.no_grad()
-def update_average(average, model, step):
-    """Follow the model's weights with an average over the last 200 steps or so, fewer at first: the jitter of single
-    steps cancels out, and what is drawn with it is better."""
-    decay = min(0.995, (1 + step) / (10 + step))
-    for a, p in zip(average.parameters(), model.parameters()):
-        a.lerp_(p, 1 - decay)
+class Learner:
+    """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.
+
+    Muon takes the matrices inside; AdamW the gains and biases, which have no directions to even out, the embeddings of
+    words, places and times, and the first and last layer, which touch pixels. `average` follows the weights over the
+    last 200 steps or so, fewer at first: the jitter of single steps cancels out, and what is drawn with it is better.
+    float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
+    loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
+    def __init__(self, model, loss_of, dtype=torch.float32, settings=()):
+        self.settings, self.rows, self.done = dict(settings), [], 0                 # rows: a log; done: steps so far
+        self.model, self.dtype, self.device = model.requires_grad_(True).train(), dtype, next(model.parameters()).device
+        self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        outer = re.compile(r"embedding|conv_in\.weight|conv_out\.weight")
+        inner = {name for name, p in model.named_parameters() if p.dim() > 1 and not outer.search(name)}
+        self.muon, self.adamw = Muon([p for name, p in model.named_parameters() if name in inner]), torch.optim.AdamW(
+            [p for name, p in model.named_parameters() if name not in inner], weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+        self.parts = {name: getattr(self, name) for name in ("model", "average", "muon", "adamw", "scaler")}
+        loss = torch.nn.Module()                                   # the loss as a module: DistributedDataParallel wraps
+        loss.model, loss.forward = model, lambda *batch: loss_of(model, *batch)     # it, and gradients become the mean
+        self.loss = loss if WORLD == 1 else DistributedDataParallel(loss)           # over all processes
+
+    def state_dict(self):
+        return dict(settings=self.settings, rows=self.rows, step=self.done,
+                    **{name: part.state_dict() for name, part in self.parts.items()})
+    def load_state_dict(self, saved):
+        """Go on where the other stood. ValueError names the settings that it does not share."""
+        other = [f"--{flag.replace('_', '-')} was {saved['settings'].get(flag)} and is {value}"
+                 for flag, value in self.settings.items() if saved["settings"].get(flag) != value]
+        if other:
+            raise ValueError("; ".join(other))
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.rows, self.done = saved["rows"], saved["step"]
+    def gradient(self, batches, stop=False):
+        """The mean gradient of some batches, cut down to a norm of 1: one odd batch must not do much harm.
+        -> ({name: mean}, does any process want to stop?). ArithmeticError where loss or gradient are no numbers."""
+        sums = {}
+        for k, batch in enumerate(batches):                        # processes exchange gradients after the last
+            alone = WORLD > 1 and k + 1 < len(batches)
+            with self.loss.no_sync() if alone else contextlib.nullcontext():
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    loss, numbers = self.loss(*batch)
+                self.scaler.scale(loss / len(batches)).backward()
+            for name, value in {"loss": loss.detach(), **numbers}.items():
+                sums.setdefault(name, []).append(float(value))
+        self.scaler.unscale_(self.muon)
+        self.scaler.unscale_(self.adamw)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        told = torch.tensor([sum(sums["loss"]), stop], device=self.device)
+        WORLD > 1 and torch.distributed.all_reduce(told)           # all go on, or all stop
+        if not math.isfinite(told[0] + (0 if self.scaler.is_enabled() else norm)):          # float16 has its scaler
+            raise ArithmeticError(f"step {self.done}: loss {told[0]}, gradient {norm}: try a lower --lr")
+        return {name: sum(values) / len(values) for name, values in sums.items()}, told[1] > 0
+    @torch.no_grad()
+    def step(self, lr):
+        """One step at learning rate lr: first the weights, then their average."""
+        for optimizer in (self.muon, self.adamw):
+            optimizer.param_groups[0]["lr"] = lr
+            self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        self.scaler.update()
+        for a, p in zip(self.average.parameters(), self.model.parameters()):
+            a.lerp_(p, 1 - min(0.995, (1 + self.done) / (10 + self.done)))
+        self.done += 1
 
 # ---- Guidance --------------------------------------------------------------------------------------------------------
 def guide(cond, uncond, w):
@@ -243,16 +309,14 @@ def guide(cond, uncond, w):
 
     w = 0 ignores the prompt, w = 1 is the plain conditional model, w > 1 exaggerates what the prompt changes. It stands
     in for the gradient of a classifier p(prompt | x_t), which guided earlier models and had to be trained on noisy
-    pictures: by Bayes' rule that gradient is, up to scale, cond - uncond. Hence the captions dropped in training.
-    """
+    pictures: by Bayes' rule that gradient is, up to scale, cond - uncond. Hence the captions dropped in training."""
     return w * (cond - uncond) + uncond
 
 def guided(unet, context, w, seen=None):
     """unet(z, t (B,), context) -> the model(z, t) that samplers ask, t an int, with guidance of weight w.
 
     context (2*B, T, D): the text states of what to avoid, then of the prompts; (B, T, D), of the prompts, where w = 1.
-    seen (B, 5, h, w): what an inpainting model sees beside z: the mask, and the latents of what is kept.
-    """
+    seen (B, 5, h, w): what an inpainting model sees beside z: the mask, and the latents of what is kept."""
     def model(z, t):                                               # (B, 4, h, w), int -> eps or v, (B, 4, h, w)
         x = z if seen is None else torch.cat([z, seen], dim=1)
         x = torch.cat([x] * (len(context) // len(z))).to(context.dtype)             # both branches in one batch
@@ -263,8 +327,7 @@ def guided(unet, context, w, seen=None):
 def pin(schedule, model, known, mask):
     """A model that has nothing left to guess where mask (1, 1, h, w) is 0: there the picture is `known` (B, 4, h, w).
 
-    Inpainting with any model, any sampler: of each predicted x_0, the part to keep is put back in its place.
-    """
+    Inpainting with any model, any sampler: of each predicted x_0, the part to keep is put back in its place."""
     def pinned(x, t):
         x0, _ = schedule.x0_and_eps(model(x, t).float(), x, t)
         x0, abar = mask * x0 + (1 - mask) * known, schedule.alpha_bar[t].item()
@@ -296,8 +359,7 @@ def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
     """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
 
     Training (Eq. 14) never saw q(x_t | x_{t-1}), only q(x_t | x_0), so any process with those marginals may walk back.
-    This one needs no fresh noise (eta = 0): long strides work, the start alone decides the picture. eta = 1 is DDPM.
-    """
+    This one needs no fresh noise (eta = 0): long strides work, the start alone decides the picture. eta = 1 is DDPM."""
     end = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar[0].item()
     for t, t_prev in times:
         x0, eps = predict(schedule, model, x, t)
@@ -316,8 +378,7 @@ def dpmpp(schedule, model, x, times, randn=None):
     DDIM is the first-order solution of an ordinary differential equation in lambda = log(alpha / sigma), where alpha =
     sqrt(abar) and sigma = sqrt(1 - abar): it treats the predicted x_0 as constant over the step. Extending the line
     through the last two predictions to the step's middle makes it second order, at no extra call of the model.
-    Deterministic: randn is unused.
-    """
+    Deterministic: randn is unused."""
     def level(t):                                                  # alpha, sigma, lambda
         alpha, sigma = schedule.alpha_bar[t].item() ** 0.5, (1 - schedule.alpha_bar[t].item()) ** 0.5
         return alpha, sigma, math.log(alpha / sigma)
@@ -336,19 +397,3 @@ def dpmpp(schedule, model, x, times, randn=None):
         yield x, x0
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
-
-# ---- Where to compute, and how precisely -----------------------------------------------------------------------------
-def pick_device(device="auto", dtype="auto"):
-    """Names as on the command line -> (torch.device, torch.dtype), for the models: by default what the machine is built
-    for. Schedules and samplers compute in float32 all the same. ValueError where there is no such device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"this machine has no {device}; try --device cpu")
-    if dtype == "auto":
-        if device == "cpu":                                        # bfloat16 pays where the processor multiplies it
-            built = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")]
-            dtype = "bfloat16" if any(built) else "float32"
-        else:
-            dtype = "bfloat16" if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8 else "float16"
-    return torch.device(device), getattr(torch, dtype)

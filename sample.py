@@ -10,7 +10,7 @@ The whole of it is five lines, to be found in `generate`:
 
 From Python: `from sample import load_pipeline, save_pipeline, generate`. Before this file: unet.py. Then: train.py.
 """
-import argparse, contextlib, dataclasses, json, os, pathlib, re, sys, warnings
+import argparse, contextlib, dataclasses, json, os, pathlib, re, shutil, sys, tempfile, warnings
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
 
 def parse_args():
@@ -75,16 +75,16 @@ def read_parameters(path):
     return {"prompts": [prompt], "negative": negative, "sampler": sampler} | {
         flag: field[name] for name, flag in FIELDS.items() if name in field}
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 from tqdm import tqdm
-from clip_encoder import CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, tokenize, weights_names
-from ddpm import SAMPLERS, NoiseSchedule, guided, pick_device, pin
-from unet import UNet, assemble, read_weights
-from vae import VAE, picture_to_tensor, tensor_to_pictures
+from clip_encoder import (CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, plain, settle, tokenize,
+                          weights_names)
+from ddpm import SAMPLERS, NoiseSchedule, guided, pin
+from unet import UNet, assemble, pick_device, read_weights
+from vae import VAE, grid, open_picture, picture_to_tensor, tensor_to_pictures
 
 class BadInput(ValueError):
     """Something the user can put right. The message is one line that names the flag, file or key, and what would do."""
@@ -98,12 +98,23 @@ def blame(what):
         raise
     except Exception as e:
         why = " ".join(f"{'' if type(e) in (ValueError, AssertionError) else type(e).__name__} {e}".split())[:300]
-        if "Weights only" in str(e):                               # a pickle, refused: what does it ask for?
-            raw = open(what, encoding="latin-1").read(2 ** 20)    # of new ones torch does not tell: module, name, 0x93
-            new = re.findall(r"\x8c.((?!torch[\x94\x8c]|torch\._|collect)[\w.]+)\x94?\x8c.(\w+)\x94?\x93", raw, re.S)
-            asked = re.findall(r"GLOBAL (\S+)", str(e)) + [".".join(pair) for pair in new]
-            why = f"refused: it asks for {asked[0]}, which weights do not need" if asked else "not a file of weights"
         raise BadInput(f"{what}: {why}") from None
+
+def run(main, args):
+    """main(args) as a command: what goes wrong is told in one line; status 2 if the input is at fault, else 1."""
+    try:
+        return main(args)
+    except (BadInput, OSError) as e:
+        status, why = 2, str(e).splitlines()[-1]
+    except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
+        status, why = 1, next((why for clue, why in (
+            ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
+            ("DataLoader worker|gloo|NCCL|peer", "another process of this run is gone; --resume goes on"))
+            if re.search(clue, f"{type(e).__name__} {e}")), None)
+        if not why:                                                # an error of ours: show where
+            raise
+    print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.stderr)
+    sys.exit(status)
 
 # ---- Load: a folder in diffusers' layout, the same on the hub, or a single file of the original release --------------
 @dataclasses.dataclass
@@ -114,9 +125,7 @@ class Pipeline:
     text_encoder: CLIPTextEncoder = None
     tokenizer: object = None                                       # transformers' CLIPTokenizer
     schedule: NoiseSchedule = None
-    @property
-    def device(self):
-        return next(self.vae.parameters()).device
+    device = property(lambda self: next(self.vae.parameters()).device)
 
 PARTS = ("unet", "vae", "text_encoder")
 CLASSES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}
@@ -151,8 +160,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
 
     tokenizer: a folder or hub id to use instead of the model's own; single files have none. prediction_type: "epsilon"
     or "v_prediction", if the model's files do not tell. In float16 the VAE stays in float32: it would overflow on some
-    pictures. Raises BadInput.
-    """
+    pictures. Raises BadInput."""
     with blame(model):
         path, pipe = find(model, parts), Pipeline(schedule=NoiseSchedule())
     dtypes = {part: torch.float32 if part == "vae" and dtype == torch.float16 else dtype for part in parts}
@@ -196,39 +204,55 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         raise BadInput(f"{model}: its U-Net reads text {takes['cross_attention_dim']} wide, not {gives['hidden_size']}")
     return pipe
 
-def write_beside(path, write):
-    """Call write(temporary path), then move the result to path: a reader sees the old file or the new, never a half."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    beside = os.path.join(os.path.dirname(path), ".writing-" + os.path.basename(path))
-    write(beside)
-    os.replace(beside, path)
+@contextlib.contextmanager
+def all_at_once(folder):
+    """A folder to write into. Its files then move into `folder`: all of them, or after an error or a power cut none.
+    One rename, which no crash can cut in half, makes them count; from then on `settle` can move them, now or later.
+    OSError says why nothing was written: the disk is full, say."""
+    settle(folder)
+    writing = os.path.join(folder, ".writing")
+    try:
+        shutil.rmtree(writing, ignore_errors=True)                 # what a killed run began
+        os.makedirs(writing)
+        yield writing
+        for path in filter(os.path.isfile, pathlib.Path(writing).rglob("*")):
+            with open(path, "rb+") as f:
+                os.fsync(f.fileno())                               # on the disk, not only on its way there
+        os.rename(writing, os.path.join(folder, ".written"))
+    except Exception as e:
+        shutil.rmtree(writing, ignore_errors=True)
+        why = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
+        raise OSError(f"{folder} could not be written ({why}); what it held before is unharmed") from None
+    settle(folder)
 
 def save_json(path, value):
-    """value as JSON at path, in one move."""
-    write_beside(path, lambda to: pathlib.Path(to).write_text(json.dumps(value, indent=2), encoding="utf-8"))
+    """value as JSON at path, whose folder is made if it is missing."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    pathlib.Path(path).write_text(json.dumps(value, indent=2), encoding="utf-8")
 
 def save_module(module, folder, part):
     """config.json and the weights of a part, as diffusers and transformers read them."""
-    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     save_json(os.path.join(folder, "config.json"), module.to_config())
-    write_beside(os.path.join(folder, weights_names(part)[0]), lambda to: save_file(state, to, {"format": "pt"}))
+    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    save_file(state, os.path.join(folder, weights_names(part)[0]), {"format": "pt"})
 
 def save_pipeline(pipe, folder, parts=PARTS):
-    """Write pipe, or only some parts, as a folder that diffusers.StableDiffusionPipeline.from_pretrained reads."""
-    for part in parts:
-        save_module(getattr(pipe, part), os.path.join(folder, part), part)
-    if "text_encoder" in parts:
-        pipe.tokenizer.save_pretrained(os.path.join(folder, "tokenizer"))
-        pipe.tokenizer.backend_tokenizer.model.save(os.path.join(folder, "tokenizer"))     # vocab.json and merges.txt
-    if "unet" not in parts:                                        # the schedule belongs to it
-        return
-    save_json(os.path.join(folder, "scheduler", "scheduler_config.json"), pipe.schedule.to_config())
-    save_json(os.path.join(folder, "model_index.json"), {
-        "_class_name": f"StableDiffusion{'Inpaint' * (pipe.unet.config['in_channels'] == 9)}Pipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None], "feature_extractor": [None, None],
-        "requires_safety_checker": False, "_diffusers_version": "0.30.0"})
+    """Write pipe, or only some parts, as a folder that diffusers.StableDiffusionPipeline.from_pretrained reads: all of
+    it at once, so that nobody ever finds half of one model and half of another. OSError where it cannot be written."""
+    with all_at_once(folder) as to:
+        for part in parts:
+            save_module(getattr(pipe, part), os.path.join(to, part), part)
+        if "text_encoder" in parts:
+            pipe.tokenizer.save_pretrained(os.path.join(to, "tokenizer"))
+            pipe.tokenizer.backend_tokenizer.model.save(os.path.join(to, "tokenizer"))     # vocab.json and merges.txt
+        if "unet" in parts:                                        # the schedule belongs to it
+            save_json(os.path.join(to, "scheduler", "scheduler_config.json"), pipe.schedule.to_config())
+            save_json(os.path.join(to, "model_index.json"), {
+                "_class_name": f"StableDiffusion{'Inpaint' * (pipe.unet.config['in_channels'] == 9)}Pipeline",
+                "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+                "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+                "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
+                "feature_extractor": [None, None], "requires_safety_checker": False, "_diffusers_version": "0.30.0"})
 
 # ---- Draw ------------------------------------------------------------------------------------------------------------
 def encode_prompts(pipe, texts):
@@ -258,37 +282,34 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     device. height, width: in pixels; by default as the model was trained, or as the init image. init_image (PIL): start
     from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black is kept. latents
     (B, 4, h, w): the noise to start from. frames: a list, to which each step's prediction of the first few finished
-    latents is added. tile: decode in tiles. last: let go of text encoder and U-Net once they are done. BadInput.
-    """
+    latents is added. tile: decode in tiles. last: let go of text encoder and U-Net once they are done. BadInput."""
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
     inpainting_model = config["in_channels"] == 9                  # one that sees mask and surroundings as inputs
     for flag, value, low, high in (
-            ("steps", steps, 1, schedule.T), ("num-images", num_images, 1, 10 ** 6), ("seed", seed, 0, 10 ** 15),
-            ("strength", strength, 1e-6, 1), ("guidance", guidance, -99, 99), ("height", height, f, 2 ** 14),
-            ("width", width, f, 2 ** 14)):
-        if value is not None and not low <= value <= high:
+            ("steps", steps, 1, schedule.T), ("num-images", num_images, 1, 10 ** 5), ("seed", seed, 0, 10 ** 15),
+            ("guidance", guidance, -99, 99), ("strength", strength, 1e-6, 1)):
+        if not low <= value <= high:
             raise BadInput(f"--{flag} {value} is not between {low} and {high}")
     init_image = init_image and init_image.convert("RGB")
     if mask_image is not None and init_image is None or inpainting_model and mask_image is None:
         raise BadInput("--mask and --init-image go together, and an inpainting model needs both")
     mask_image = mask_image and mask_image.convert("L").point(lambda v: 255 * (v > 127))    # nothing between the two
-    for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in dict.fromkeys((*prompts, negative_prompt)))):
+    texts = list(dict.fromkeys((negative_prompt, *prompts)))       # each once
+    for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in texts)):
         warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
-
     # How large? Drawn at the next multiple of f, with the init image's edges repeated, then cropped.
     native = (config["sample_size"] or 64) * f
-    own, scale = (native, native) if init_image is None else init_image.size, 1.0
-    if init_image is not None:
-        if mask_image is not None and abs(np.log(np.divide(own, mask_image.size)) @ (1, -1)) > 0.02:
-            raise BadInput(f"--mask is {mask_image.size}, --init-image {own}: they should have the same shape")
-        shrink = native / (own[0] * own[1]) ** 0.5                 # far beyond its size, a model draws everything twice
-        scale = height / own[1] if height else width / own[0] if width else shrink if shrink < 0.6 else 1.0
+    own = (width or native, height or native) if init_image is None else init_image.size
+    if mask_image is not None and not 0.98 < own[0] * mask_image.height / (own[1] * mask_image.width) < 1.02:
+        raise BadInput(f"--mask is {mask_image.size}, --init-image {own}: they should have the same shape")
+    shrink = native / (own[0] * own[1]) ** 0.5                     # far beyond its size, a model draws everything twice
+    scale = height / own[1] if height else width / own[0] if width else shrink if shrink < 0.6 else 1.0
     paste = mask_image is not None and not inpainting_model        # into the init image,
-    finished = None if height or width else own                    # at the size asked for or its own
-    height, width = height or round(own[1] * scale), width or round(own[0] * scale)
-    if min(height, width) < f:
-        raise BadInput(f"--init-image is {own}: it takes {f} pixels on a side at least")
+    finished = own if height is width is None else None            # at the size asked for or its own
+    height, width = (round(n * scale) if side is None else side for n, side in ((own[1], height), (own[0], width)))
+    if not f <= min(height, width) <= max(height, width) <= 2 ** 14:
+        raise BadInput(f"--width {width} x --height {height}: each takes {f} to {2 ** 14} pixels")
     h, w = -(-height // f), -(-width // f)
     left, top = (w * f - width) // 2, (h * f - height) // 2
     shape = (config["out_channels"], h, w)
@@ -303,13 +324,13 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         mask = F.interpolate(redrawn, (h, w)) if inpainting_model else F.max_pool2d(redrawn, f)     # (1, 1, h, w)
     times = schedule.timesteps(steps, sampler, 1.0 if init is None else strength)
     drawn, few = [], max(1, 4 * 64 * 64 // (h * w))                # so many at once: four of Stable Diffusion's
-    # What to draw: of each batch the prompts, after what to move away from by guidance: (B or 2*B, T, D).
-    batches = [prompts[k: k + few] for k in range(0, len(prompts), few)]
-    contexts = [encode_prompts(pipe, [negative_prompt] * len(b) * (guidance != 1) + b) for b in batches]
+    states = {text: encode_prompts(pipe, [text])[0] for text in texts}              # what to draw, what not: (T, D)
     pipe.text_encoder = None if last else pipe.text_encoder
-    bar = tqdm(total=len(batches) * len(times), desc="drawing", unit="step", disable=not progress)
-    for first, context in zip(range(0, len(prompts), few), contexts):
-        generators = [torch.Generator().manual_seed(seed + k) for k in range(first, min(first + few, len(prompts)))]
+    bar = tqdm(total=-(-len(prompts) // few) * len(times), desc="drawing", unit="step", disable=not progress)
+    for first in range(0, len(prompts), few):
+        batch = prompts[first: first + few]                        # guidance moves away from the negative prompt
+        context = torch.stack([states[text] for text in [negative_prompt] * len(batch) * (guidance != 1) + batch])
+        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
         def randn(_=None):
             return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)
         # Where to start: from noise, or from a picture with as much noise as the first step expects.
@@ -326,6 +347,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
             bar.update()
             if frames is not None and first == 0:
                 frames.append(x0)
+        if not z.isfinite().all():
+            raise BadInput("the model has drawn numbers that are none (nan): try --dtype float32, or other weights")
         drawn.append(z)
     model = pipe.unet = None if last else pipe.unet
     pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
@@ -339,62 +362,39 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     return pictures
 
 # ---- The command line ------------------------------------------------------------------------------------------------
-def grid(pictures, columns=None):
-    """PIL pictures of one size, laid out in rows -> one PIL picture."""
-    columns, (w, h) = columns or int(np.ceil(len(pictures) ** 0.5)), pictures[0].size
-    sheet = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h))
-    for k, picture in enumerate(pictures):
-        sheet.paste(picture, (k % columns * w, k // columns * h))
-    return sheet
-
-def open_picture(path, flag, paper="white"):
-    """The picture at path as RGB: upright, laid on paper, 16 bits cut to 8. BadInput names the flag."""
-    try:
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):                             # Pillow would clip 16 bits at 255
-            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image.convert("RGBA"))
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-        raise BadInput(f"{flag} {path} is not a readable picture ({e})") from None
-
 def main(args):
     """Draw what the command line (parse_args) asks for, and say where the pictures are."""
     warnings.formatwarning = lambda message, *_: f"sample.py: {message}\n"
     with blame("--device"):
         device, dtype = pick_device(args.device, args.dtype)
-    init = open_picture(args.init_image, "--init-image") if args.init_image else None
-    mask = open_picture(args.mask, "--mask", "black") if args.mask else None
-    stem, ext = os.path.splitext(args.output)
+    with blame("--init-image"):
+        init = open_picture(args.init_image) if args.init_image else None
+    with blame("--mask"):
+        mask = open_picture(args.mask, "black") if args.mask else None
+    (folder, name), (stem, ext) = os.path.split(args.output), os.path.splitext(os.path.basename(args.output))
     known = Image.registered_extensions().get(ext.lower()) in Image.SAVE and ext.lower() != ".gif"
-    if not known or not os.path.isdir(os.path.dirname(stem) or "."):
-        raise BadInput(f"--output {args.output}: it takes an existing folder and a name that ends like .png")
+    if not known or not os.access(folder or ".", os.W_OK | os.X_OK) or os.path.isdir(args.output):
+        raise BadInput(f"--output {args.output}: it takes a folder to write to and a name that ends like .png")
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
-    if args.compile:
-        pipe.unet.compile()
-    frames = []
+    args.compile and pipe.unet.compile()
+    frames = []                                                    # what each step foresaw of the first few pictures
     pictures = generate(pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
                         args.num_images, args.height, args.width, init, args.strength, mask, frames=frames,
                         tile=args.tile, last=True)
-    names = [args.output] if len(pictures) == 1 else [f"{stem}-{k}{ext}" for k in range(len(pictures))]
-    for k, (name, picture) in enumerate(zip(names, pictures)):
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("parameters", write_parameters(args, k, picture.size))
-        picture.save(name, **({"pnginfo": info} if ext.lower() == ".png" else {}))
-    if len(pictures) > 1:
-        grid(pictures).save(args.output)
-        names.insert(0, args.output)
-    if args.gif:
-        names.append(f"{stem}.gif")
-        with torch.inference_mode():                               # what each step foresaw, of the first few pictures
-            movie = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, x0, args.tile)]) for x0 in frames]
-        movie[0].save(names[-1], save_all=True, append_images=movie[1:] + movie[-1:] * 10, duration=100, loop=0)
-    print("\n".join(names))
+    names = [name, *(f"{stem}-{k}{ext}" for k in range(len(pictures)) if len(pictures) > 1)]
+    gif = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, z, args.tile)]) for z in frames if args.gif]
+    with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".writing-") as to:
+        grid(pictures).save(os.path.join(to, name))
+        for k, (each, picture) in enumerate(zip(names[len(names) > 1:], pictures)):
+            info = PngImagePlugin.PngInfo()
+            info.add_itxt("parameters", plain(write_parameters(args, k, picture.size)))
+            picture.save(os.path.join(to, each), pnginfo=info)     # formats other than PNG pass over it
+        if args.gif:
+            names.append(f"{stem}.gif")
+            gif[0].save(f"{to}/{stem}.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 10, duration=100, loop=0)
+        for each in names:                                         # whole, or not at all
+            os.replace(os.path.join(to, each), os.path.join(folder, each))
+    print("\n".join(plain(os.path.join(folder, name)) for name in names))
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (BadInput, OSError) as e:
-        print(f"sample.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    run(main, ARGS)

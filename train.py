@@ -9,10 +9,8 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given the time and the text. Meanwhile
 OUT/samples/ fills with reconstructions under their originals and with samples for fixed prompts; loss-STAGE.png and
 log-STAGE.jsonl show the losses. The U-Net's is flat by nature, since most noise cannot be guessed: trust the samples,
-and the loss in each range of t. OUT itself is the model, for sample.py and diffusers. Before this file: sample.py.
-"""
-import argparse
-import sys
+and the loss in each range of t. OUT itself is the model, for sample.py and diffusers. Before this file: sample.py."""
+import argparse, sys
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -48,24 +46,26 @@ def parse_args():
     p.error = lambda message: p.exit(2, f"train.py: {message}\n")   # one line, without the usage
     args = p.parse_args()
     for flag, value in vars(args).items():
-        low = 0 if flag in ("seed", "workers", "min_snr") else 1e-9
-        if type(value) in (int, float) and not low <= value < 1e12:
-            p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'0 or ' * (low == 0)}above 0")
+        least = 0 if flag in ("seed", "workers", "min_snr") else 1e-9
+        most = {"workers": 256, "batch_size": 2 ** 16, "image_size": 2 ** 11}.get(flag, 1e12)
+        if type(value) in (int, float) and not least <= value <= most:
+            p.error(f"argument --{flag.replace('_', '-')}: {value} is not between {least:.0f} and {most:.0f}")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-import copy, csv, dataclasses, functools, itertools, json, math, os, signal, time
+import collections, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, tempfile, time
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from clip_encoder import build_clip, contrastive_loss, own_caption_wins, tokenize
-from ddpm import (NoiseSchedule, diffusion_loss, learning_rate, loss_by_time, loss_profile, optimizers, pick_device,
-                  update_average)
-from sample import (PARTS, BadInput, Pipeline, blame, encode_prompts, generate, grid, load_clip, load_pipeline,
-                    open_picture, save_module, save_pipeline, write_beside)
-from unet import UNET_SIZES, UNet
-from vae import VAE, DiagonalGaussian, as_pictures, picture_to_tensor, psnr, tensor_to_pictures, vae_loss, vae_sizes
+from clip_encoder import build_clip, contrastive_loss, own_caption_wins, settle, tokenize
+from ddpm import (RANK, WORLD, Learner, NoiseSchedule, chances, diffusion_loss, endless, join, learning_rate,
+                  loss_by_time, loss_profile)
+from sample import (PARTS, BadInput, Pipeline, all_at_once, blame, encode_prompts, generate, load_clip, load_pipeline,
+                    run, save_module, save_pipeline)
+from unet import UNET_SIZES, UNet, pick_device
+from vae import (VAE, DiagonalGaussian, as_pictures, grid, open_picture, picture_to_tensor, psnr, tensor_to_pictures,
+                 vae_loss, vae_sizes)
 
 # ---- Data: landscapes. A scene is a few choices; its caption names them, its picture shows them ----------------------
 SKIES = {   # in words; colours of the zenith, the horizon, the light on the land, the sun or moon (in a storm: clouds)
@@ -79,8 +79,7 @@ LANDS = {   # in words; colours of the farthest ridge and of the nearest
     "hills": ("hills|rolling hills|green hills", (128, 160, 96), (74, 118, 48)),
     "dunes": ("dunes|sand dunes|a desert of dunes", (230, 190, 130), (206, 148, 82)),
     "forest": ("a forest|a pine forest|deep woods", (70, 104, 84), (22, 52, 38))}
-PLACES = {"left": "on the left|to the left", "middle": "in the middle|in the centre",
-          "right": "on the right|to the right"}
+PLACES = dict(left="on the left|to the left", middle="in the middle|in the centre", right="on the right|to the right")
 EXTRAS = {"lake": "a lake|a calm lake|still water", "pines": "pine trees|a few pines", "mist": "mist|fog",
           "clouds": "clouds|drifting clouds", "snow": "snow|snow on the ground"}
 NOVEL = {("night", "dunes"), ("sunset", "forest"), ("dawn", "mountains"), ("storm", "hills")}  # kept out of training
@@ -102,9 +101,7 @@ def draw(scene, rng, S):
     sky, land, place, extras = scene
     zenith, horizon, light, disc, far, near = (np.array(v, float) for v in SKIES[sky][1:] + LANDS[land][1:])
     light, ground, night, storm = light / 255, 0.60 + rng.uniform(-0.04, 0.04), sky == "night", sky == "storm"
-    c = (np.arange(S) + 0.5) / S                                   # pixel centres; Y = 0 is the top
-    X, Y = np.meshgrid(c, c)
-
+    X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
     def mix(picture, colour, amount):                              # lay a colour over the picture, amount in [0, 1]
         return picture + (colour - picture) * np.asarray(amount)[..., None]
     def inside(distance):                                          # 1 where distance > 0, 0 elsewhere, one pixel soft
@@ -169,13 +166,10 @@ class Landscapes:
     """Drawn scenes: [i] -> (picture (3, S, S) float32 in [-1, 1], caption). The same i is always the same scene.
     split "train": 20,000 scenes; "val": 3,000 others of the same kinds; "novel": 3,000 that join a sky and a land which
     "train" never shows together, though it shows each of them with others."""
-
     def __init__(self, image_size=64, split="train"):
         self.image_size, self.split = image_size, ("train", "val", "novel").index(split)
-
     def __len__(self):
         return 3000 if self.split else 20000
-
     def plan(self, i):
         """Scene i: its choices, its caption (all of it, some, or just "a landscape"), the generator to draw it with."""
         if not 0 <= i < len(self):
@@ -197,11 +191,9 @@ class Landscapes:
         some = [say(f"{above}|{below}|{whole}"), *details[: rng.integers(len(details) + 1)]]
         words = ["a landscape"] if kind < 0.08 else some if kind < 0.28 else [say(whole), *details]
         return (sky, land, place, extras), ", ".join(words), rng
-
     def caption(self, i):
         """The caption of scene i, without drawing it."""
         return self.plan(i)[1]
-
     def __getitem__(self, i):
         scene, caption, rng = self.plan(i)
         return torch.from_numpy(draw(scene, rng, self.image_size)).permute(2, 0, 1).float() / 127.5 - 1, caption
@@ -210,55 +202,58 @@ class Landscapes:
 class ImageFolder:
     """Pictures below root: [i] -> (picture (3, S, S) float32 in [-1, 1], caption). Cropped to squares, never stretched.
     The caption is what is there first: its line in root/metadata.jsonl or .csv (file_name, text); the text beside it
-    (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val", not "train"."""
-
+    (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val", not "train". What cannot be
+    used is told once. BadInput if nothing can; ValueError from [i] if picture i turns out to be broken further in."""
     def __init__(self, root, image_size=64, split="train"):
         known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-        paths = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
+        files = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
                        for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in known)
-        if not paths:
-            raise BadInput(f"--data {root}: no such folder, or no picture in it (.png, .jpg, .webp, ...)")
-        self.root, self.image_size, self.table = root, image_size, {}
+        def readable(path):
+            with contextlib.suppress(Exception), Image.open(os.path.join(root, path)):      # reads its head alone
+                return True
+        paths = [p for k, p in enumerate(files) if k >= 10_000 or readable(p)]      # the rest shows when its turn comes
         self.paths = [p for k, p in enumerate(paths) if len(paths) < 20 or (k % 20 == 10) == (split == "val")]
+        self.root, self.image_size, rows = root, image_size, []
         for path in filter(os.path.exists, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
-            try:
-                with open(path, encoding="utf-8-sig", newline="") as f:
-                    rows = csv.DictReader(f) if path.endswith("csv") else map(json.loads, filter(str.strip, f))
-                    self.table |= {os.path.normpath(row["file_name"]): str(row["text"] or "") for row in rows}
-            except (OSError, ValueError, KeyError, TypeError) as e:
-                raise BadInput(f"{path}: each line needs file_name and text ({type(e).__name__} {e})") from None
-
+            with blame(f"{path}: each line has file_name and text"), open(path, encoding="utf-8-sig", newline="") as f:
+                lines = csv.DictReader(f) if path.endswith("csv") else map(json.loads, filter(str.strip, f))
+                rows += [(os.path.normpath(line["file_name"]), str(line["text"] or "")) for line in lines]
+        self.table, names = dict(rows), [name for name, _ in rows]
+        twice = collections.Counter(names) - collections.Counter({*names})
+        for what, odd in (("unreadable, left out", {*files} - {*paths}),
+                          ("in metadata, but not in the folder, or twice", {*names} - {*files} | {*twice})):
+            if odd and split == "train" and RANK == 0:
+                print(f"train.py: --data {root}: {len(odd)} {what}: {', '.join(sorted(odd)[:20])}", file=sys.stderr)
+        if not self.paths:
+            raise BadInput(f"--data {root}: no such folder, or no readable picture in it (.png, .jpg, .webp, ...)")
     def __len__(self):
         return len(self.paths)
-
     def caption(self, i):
         """The caption of picture i, without opening it."""
         stem = os.path.splitext(self.paths[i])[0]
         if self.paths[i] in self.table:
             return self.table[self.paths[i]]
         for beside in (os.path.join(self.root, stem + ext) for ext in (".txt", ".caption")):
-            if os.path.exists(beside):
-                return open(beside, encoding="utf-8-sig", errors="replace").read().strip()
+            with contextlib.suppress(OSError), open(beside, encoding="utf-8-sig", errors="replace") as f:
+                return f.read(10_000).strip()
         folder, name = os.path.split(stem)
         return (os.path.basename(folder) or name).replace("_", " ").replace("-", " ")
-
     def __getitem__(self, i):
-        picture = open_picture(os.path.join(self.root, self.paths[i]), "--data")
+        picture = open_picture(os.path.join(self.root, self.paths[i]))
         return picture_to_tensor(picture, self.image_size, self.image_size)[0], self.caption(i)
 
 class Kept:
     """kept[indices] -> rows (B, *shape), each computed when first asked for, then kept in a memory-mapped file for as
     long as the process lives (beyond 8 GiB, not kept): training starts at once, and nothing need fit in memory."""
-
     def __init__(self, n, shape, dtype, compute, folder, block=1):
         # `block` neighbours are computed together, so that who asks first changes no bit; forked processes share them
-        self.compute, self.block, self.rows = compute, block, None
+        self.compute, self.block, self.rows, size = compute, block, None, n * math.prod(shape)
         self.done = torch.zeros(n, dtype=torch.bool).share_memory_()
-        if n * math.prod(shape) * dtype.itemsize < 2 ** 33:
-            path = f"{folder}/.kept-{os.getpid()}-{id(self)}"
-            self.rows = torch.from_file(path, shared=True, size=n * math.prod(shape), dtype=dtype).view(n, *shape)
-            os.remove(path)
-
+        if size * dtype.itemsize < 2 ** 33:
+            with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".kept-") as f:
+                if hasattr(os, "posix_fallocate"):                 # no room on the disk? Say so now: a map cannot
+                    os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
+                self.rows = torch.from_file(f.name, shared=True, size=size, dtype=dtype).view(n, *shape)
     def __getitem__(self, indices):
         if self.rows is None:
             return self.compute(indices).cpu()
@@ -269,141 +264,142 @@ class Kept:
         return self.rows[indices]
 
 def open_data(args, split):
-    """The data set, with what the stages want of it: n, captions, and pixels[indices] -> bytes (B, 3, S, S)."""
+    """The data set, with what the stages want of it: n, captions, pixels[indices] -> bytes (B, 3, S, S), and then
+    shown[indices], which pictures these are: the next stands in for one that cannot be read."""
     S = args.image_size
     data = Landscapes(S, split) if args.data == "landscapes" else ImageFolder(args.data, S, split)
-    data.n = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
-    data.captions = [data.caption(i) for i in range(data.n)]
+    n = data.n = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
+    data.captions, data.shown = [data.caption(i) for i in range(n)], torch.arange(n).share_memory_()
+    def read(i):
+        for j in itertools.chain(range(i, n), range(i)):
+            try:
+                x, data.shown[i] = data[j][0], j
+                return ((x + 1) * 127.5).round().byte()
+            except ValueError as e:
+                if i == j == data.shown[i]:                        # told once
+                    print(f"train.py: --data: left out: {e}", file=sys.stderr)
+        raise BadInput(f"--data {args.data}: none of its pictures can be read")
     os.makedirs(f"{args.out}/samples", exist_ok=True)
-    def read(indices):
-        return torch.stack([((data[i][0] + 1) * 127.5).round().byte() for i in indices])
-    data.pixels = Kept(data.n, (3, S, S), torch.uint8, read, args.out)
+    data.pixels = Kept(n, (3, S, S), torch.uint8, lambda indices: torch.stack([*map(read, indices)]), args.out)
+    data.pixels[[0]]                                               # is there any that can be read?
     return data
+
+def set_aside(out, todo):
+    """Move what the stages in todo will train anew, and the U-Net, which relies on it, to OUT/previous: nothing is
+    lost, and no old part ever stands beside a new one. The U-Net goes first: without it the folder is no model."""
+    names = ("unet scheduler model_index.json train_state/unet.pt" + " vae train_state/vae.pt" * ("vae" in todo)
+             + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in todo)).split()
+    old = [name for name in names if os.path.exists(f"{out}/{name}")]
+    if old:
+        shutil.rmtree(f"{out}/previous", ignore_errors=True)
+        print(f"train.py: what an earlier run left in {out}/ is now in {out}/previous/", file=sys.stderr)
+    for name in old:
+        os.renames(f"{out}/{name}", f"{out}/previous/{name}")
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
-    """Train model for the stage's steps. What is shown and kept is the moving average of its weights. loss_of(model,
-    pixels, indices, generators) -> (loss, {name: number}): pixels are prepared by worker processes; all chance is from
-    the generators, one for each picture, and so the same in a batch as in its parts.
-    show(average, step): draw something for a person to judge.  keep(average): save it for the next stage."""
+    """Train model for the stage's steps. loss_of(model, pixels, indices, generators) -> (loss, {name: number}): pixels
+    are prepared by worker processes; chance is from the generators, one for each picture. show(average, step): draw,
+    for a person to judge. keep(average): hand the averaged model on -> write(folder), which saves it."""
     (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
-    if args.steps:                                                 # with --stage all, other stages keep in proportion
-        steps = max(1, args.steps * steps // unet_steps) if args.stage == "all" else args.steps
-    batch_size, device = args.batch_size or batch_size, args.device
-    peak = args.lr or (1e-5 if args.init else peak)                # a trained model is to be changed, not shaken
-    size = batch_size // args.grad_accum
-    if size * args.grad_accum != batch_size:
-        raise BadInput(f"--grad-accum {args.grad_accum} does not divide the batch size, {batch_size}")
-    model.requires_grad_(True).train().to(device)
-    average, (muon, adamw) = copy.deepcopy(model).requires_grad_(False).eval(), optimizers(model)      # see ddpm.py
-    scaler = torch.amp.GradScaler(device.type, enabled=args.dtype == torch.float16)
-    state = {"model": model, "average": average, "muon": muon, "adamw": adamw, "scaler": scaler}
-    path, log, start = f"{args.out}/train_state/{stage}.pt", f"{args.out}/log-{stage}.jsonl", 0
+    # With --stage all, --steps are the U-Net's, and the other stages keep in proportion.
+    steps = max(1, (args.steps or unet_steps) * steps // unet_steps) if args.stage == "all" else args.steps or steps
+    batch_size, parts = args.batch_size or batch_size, args.grad_accum * WORLD
+    size, peak = batch_size // parts, args.lr or (1e-5 if args.init else peak)      # --init: to be changed, not shaken
+    if size * parts != batch_size:
+        raise BadInput(f"--batch-size {batch_size} is no multiple of {parts}, --grad-accum times {WORLD} processes")
+    free = "stage out resume save_every sample_every workers device compile grad_checkpoint stop".split()
+    settings = {flag: str(value) for flag, value in (vars(args) | dict(steps=steps, pictures=data.n)).items()
+                if flag not in free}                               # all others change the result
+    learner, path = Learner(model.to(args.device), loss_of, args.dtype, settings), f"{args.out}/train_state/{stage}.pt"
     if args.resume and os.path.exists(path):
-        saved = torch.load(path, map_location=device, weights_only=True)
-        try:
-            start = [part.load_state_dict(saved[name]) for name, part in state.items()] and saved["step"]
-        except (RuntimeError, ValueError, KeyError):
-            raise BadInput(f"--resume: {path} was made with other settings") from None
+        with blame(f"--resume: {path}"):
+            learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+    start, rows = learner.done, learner.rows
     if args.compile:
         model.compile()
-    @functools.lru_cache(2)
-    def order(epoch):
-        return torch.randperm(data.n, generator=torch.Generator().manual_seed(1000 * args.seed + epoch)).tolist()
-    def places():                                                  # in an endless row of pictures, epoch after epoch
-        return (range(k, k + size) for k in range(start * batch_size, steps * batch_size, size))
+    picture_at = endless(data.n, args.seed)
+    def places():                                                  # of this process, in the endless row of pictures
+        return (range(k, k + size) for k in range(start * batch_size + RANK * size, steps * batch_size, WORLD * size))
     def batches():                                                 # what stands there: a matter of the seed alone
-        return ([order(p // data.n)[p % data.n] for p in batch] for batch in places())
+        return ([picture_at(place) for place in batch] for batch in places())
+    stop = vars(args).setdefault("stop", [])                       # one list for all stages
+    signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
     workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
     ready = itertools.repeat(None) if pixels is None else DataLoader(
         pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
-    supply, sums, began, stop = zip(places(), batches(), ready), {}, time.time(), []
-    signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
-    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, unit="step", mininterval=1)
-    with open(log, "a" if start else "w", 1) as log_file:
-        for step in bar:
-            for places_, indices, bytes_ in itertools.islice(supply, args.grad_accum):
-                # Chance comes from the place alone: a resumed run draws what an uninterrupted one would have drawn.
-                generators = [torch.Generator().manual_seed(args.seed * 10 ** 12 + p) for p in places_]
-                with torch.autocast(device.type, args.dtype, enabled=args.dtype != torch.float32):
-                    loss, numbers = loss_of(model, bytes_, indices, generators)
-                scaler.scale(loss / args.grad_accum).backward()
-                for name, value in {"loss": loss.detach(), **numbers}.items():
-                    sums.setdefault(name, []).append(float(value))
-            scaler.unscale_(muon)
-            scaler.unscale_(adamw)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # one odd batch must not do much harm
-            if not math.isfinite(sums["loss"][-1] + (0 if scaler.is_enabled() else norm)):  # float16 has its scaler
-                sys.exit(f"train.py: {stage}, step {step}: loss {sums['loss'][-1]}, gradient {norm}; try a lower --lr")
-            lr = learning_rate(step, steps, peak)
-            for opt in (muon, adamw):
-                opt.param_groups[0]["lr"] = lr
-                scaler.step(opt)
-                opt.zero_grad()
-            scaler.update()
-            update_average(average, model, step)
-            done, last = step + 1, step + 1 == steps or stop
-            if done % 10 == 0 or done % args.sample_every == 0 or last:
-                row = {name: sum(values) / len(values) for name, values in sums.items()}
-                rate, sums = (done - start) * batch_size / (time.time() - began), {}
-                log_file.write(json.dumps(dict(step=done, lr=lr, samples_per_second=rate, **row)) + "\n")
-                bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in row.items()) + f" {rate:.0f}/s")
-            if done % args.sample_every == 0 or last:
-                show(average, done)
-                plot(log, f"{args.out}/loss-{stage}.png")
-            if done % args.save_every == 0 or last:
-                keep(average)
-                saved = {name: part.state_dict() for name, part in state.items()} | {"step": done}
-                write_beside(path, lambda to: torch.save(saved, to))
-            if stop and done < steps:
-                sys.exit(f"train.py: {stage} stopped after step {done} of {steps}; with --resume it goes on")
-    if start >= steps:                                             # resumed at the end: nothing was left to train
-        keep(average)
+    supply = zip(ready, batches(), (chances(args.seed, batch) for batch in places()))       # in worker processes: ready
+    sums, began = {}, time.time()
+    log = open(os.devnull if RANK else f"{args.out}/log-{stage}.jsonl", "w", 1)
+    log.writelines(json.dumps(row) + "\n" for row in rows)
+    bar = tqdm(range(start, steps), stage, initial=start, total=steps, unit="step", mininterval=1, disable=RANK > 0)
+    for step in bar:
+        try:
+            numbers, stopping = learner.gradient([*itertools.islice(supply, args.grad_accum)], len(stop))
+        except ArithmeticError as e:
+            sys.exit(f"train.py: {stage}, {e}; what {args.out}/ held before is unharmed")
+        learner.step(lr := learning_rate(step, steps, peak))
+        for name, value in numbers.items():
+            sums.setdefault(name, []).append(value)
+        done, last = step + 1, step + 1 == steps or stopping
+        if done % 10 == 0 or done % args.sample_every == 0 or last:
+            row, sums = {name: sum(values) / len(values) for name, values in sums.items()}, {}
+            rate = (done - start) * batch_size / (time.time() - began)
+            rows.append(dict(step=done, lr=lr, samples_per_second=rate, **row))
+            log.write(json.dumps(rows[-1]) + "\n")
+            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in row.items()) + f" {rate:.0f}/s")
+        if RANK == 0 and (done % args.sample_every == 0 or last):
+            show(learner.average, done)
+            plot(rows, f"{args.out}/loss-{stage}.png")
+        if done % args.save_every == 0 or last:
+            write = keep(learner.average)
+            if RANK == 0:
+                with all_at_once(args.out) as to:
+                    write(to)
+                    os.makedirs(f"{to}/train_state", exist_ok=True)
+                    torch.save(learner.state_dict(), f"{to}/train_state/{stage}.pt")
+        if stopping and done < steps:
+            sys.exit(f"train.py: {stage} stopped after step {done} of {steps}; with --resume it goes on")
+    keep(learner.average)                                          # also where nothing was left to train
 
-def plot(log, path, W=640, H=360):
-    """The losses of a log file as a curve, on a logarithmic scale."""
-    rows = [json.loads(line) for line in open(log)]
-    ys = [math.log10(max(row["loss"], 1e-9)) for row in rows]
-    last, low, high, sheet = rows[-1]["step"], min(ys), max(ys) + 1e-6, Image.new("RGB", (W, H), "white")
-    xs = [10 + row["step"] / last * (W - 20) for row in rows]
-    ImageDraw.Draw(sheet).line([(x, 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)], "navy")
-    ImageDraw.Draw(sheet).text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}; {last} steps", "black")
+def plot(rows, path, W=640, H=360):
+    """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
+    xs, ys = [row["step"] / rows[-1]["step"] for row in rows], [math.log10(max(row["loss"], 1e-9)) for row in rows]
+    sheet, low, high = Image.new("RGB", (W, H), "white"), min(ys), max(ys) + 1e-6
+    curve = [(10 + x * (W - 20), 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)]
+    ImageDraw.Draw(sheet).line(curve, "navy")
+    ImageDraw.Draw(sheet).text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}", "black")
     sheet.save(path)
 
 # ---- The three stages, and the measure of the result -----------------------------------------------------------------
-def save_sheet(pictures, columns, args, name):
-    """A sheet of PIL pictures in OUT/samples/, small ones enlarged."""
-    sheet, k = grid(pictures, columns), max(1, 128 // pictures[0].width)
-    sheet.resize((sheet.width * k, sheet.height * k), 0).save(f"{args.out}/samples/{name}.png")
-
 def train_vae(pipe, data, val, args):
     """Stage 1: pictures -> latents -> pictures. Sets pipe.vae."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     unseen = as_pictures(val.pixels[list(range(min(val.n, max(8, 2 ** 18 // args.image_size ** 2))))], args.device)
-    def loss_of(vae, pixels, indices, generators):
-        return vae_loss(vae, as_pictures(pixels, args.device), generator=generators)
     def show(vae, step):
         redrawn = vae.decode(vae.encode(unseen[:8]).mode())
-        save_sheet(tensor_to_pictures(torch.cat([unseen[:8], redrawn])), len(redrawn), args, f"vae-{step:06d}")
+        pictures = tensor_to_pictures(torch.cat([unseen[:8], redrawn]))
+        grid(pictures, len(redrawn), 128).save(f"{args.out}/samples/vae-{step:06d}.png")
     def keep(vae):
         if fresh:                                                  # diffusion wants latents of unit variance
             vae.scaling_factor = 1 / vae.encode(unseen).sample(torch.Generator().manual_seed(0)).std().item()
         pipe.vae = vae
-        save_pipeline(pipe, args.out, ["vae"])
-    fit("vae", vae, args, data, loss_of, show, keep, data.pixels)
+        return lambda to: save_pipeline(pipe, to, ["vae"])
+    fit("vae", vae, args, data, lambda vae, pixels, _, generators:
+        vae_loss(vae, as_pictures(pixels, args.device), generator=generators), show, keep, data.pixels)
 
 def train_clip(pipe, data, val, args):
     """Stage 2: captions beside their pictures. Sets pipe.tokenizer and pipe.text_encoder."""
     pipe.tokenizer, clip = build_clip(args.preset, args.image_size, data.captions)
     ids = tokenize(pipe.tokenizer, data.captions)
     def loss_of(clip, pixels, indices, generators):
-        return contrastive_loss(clip, as_pictures(pixels, args.device), ids[indices].to(args.device))
+        return contrastive_loss(clip, as_pictures(pixels, args.device), ids[data.shown[indices]].to(args.device), join)
     def keep(clip):
         pipe.text_encoder = clip.text_encoder()
-        save_pipeline(pipe, args.out, ["text_encoder"])
-        pipe.tokenizer.save_pretrained(f"{args.out}/train_state/clip")
-        save_module(clip, f"{args.out}/train_state/clip", "clip")                  # --stage eval needs both towers
+        return lambda to: (save_pipeline(pipe, to, ["text_encoder"]),              # --stage eval needs both towers
+                           save_module(clip, f"{to}/train_state/clip", "clip"),
+                           pipe.tokenizer.save_pretrained(f"{to}/train_state/clip"))
     fit("clip", clip, args, data, loss_of, lambda clip, step: None, keep, data.pixels)
 
 def train_unet(pipe, data, val, args):
@@ -418,17 +414,17 @@ def train_unet(pipe, data, val, args):
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
     texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for the forgotten ones
     row = {text: k for k, text in enumerate(texts)}
-    def states(rows):                                              # -> (B, T, D)
-        return encode_prompts(pipe, [texts[r] for r in rows])
     def moments(indices):                                          # -> mean and log variance (B, 2*4, h, w)
         q = vae.encode(as_pictures(data.pixels[indices], device))
         return torch.cat([q.mean, q.logvar], dim=1)
     latents = Kept(data.n, (2 * vae.config["latent_channels"], side, side), torch.float16, moments, args.out, 8)
-    contexts = Kept(len(texts), (length, width), torch.float16, states, args.out, 8)
+    contexts = Kept(len(texts), (length, width), torch.float16,
+                    lambda rows: encode_prompts(pipe, [texts[r] for r in rows]), args.out, 8)
     def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents
         x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generators).to(device)
         # Sometimes forget the caption: one network learns eps(x_t, t, text) and eps(x_t, t). Guidance needs both.
-        rows = [0 if torch.rand((), generator=g) < 0.1 else row[data.captions[i]] for i, g in zip(indices, generators)]
+        texts_ = [data.captions[i] for i in data.shown[indices].tolist()]
+        rows = [0 if torch.rand((), generator=g) < 0.1 else row[text] for text, g in zip(texts_, generators)]
         context = contexts[rows].float().to(device)                # (B, T, D)
         t = torch.cat([torch.randint(0, schedule.T, (1,), generator=g) for g in generators]).to(device)
         eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
@@ -437,12 +433,12 @@ def train_unet(pipe, data, val, args):
     prompts = list(dict.fromkeys(["a landscape"] * (args.data == "landscapes") + val.captions))[:16]
     def show(unet, step):
         pictures = generate(dataclasses.replace(pipe, unet=unet), prompts, steps=15, guidance=4.0, progress=False)
-        save_sheet(pictures, 8, args, f"unet-{step:06d}")
+        grid(pictures, 8, 128).save(f"{args.out}/samples/unet-{step:06d}.png")
     changed = list(PARTS)
     def keep(unet):
         pipe.unet = unet
-        save_pipeline(pipe, args.out, changed)
-        changed[:] = ["unet"]                                      # the frozen parts need not be written again
+        parts, changed[:] = changed[:], ["unet"]                   # the frozen parts need not be written again
+        return lambda to: save_pipeline(pipe, to, parts)
     fit("unet", unet, args, data, loss_of, show, keep)
 
 @torch.no_grad()
@@ -452,7 +448,7 @@ def evaluate(pipe, data, val, args, n=100):
     x, generator = as_pictures(val.pixels[few], args.device), torch.Generator().manual_seed(0)
     print(f"reconstruction PSNR     {psnr(pipe.vae, x):.1f} dB")
     x0 = pipe.vae.scaling_factor * pipe.vae.encode(x).sample(generator)
-    context = encode_prompts(pipe, val.captions[:len(x)])
+    context = encode_prompts(pipe, [val.captions[i] for i in val.shown[few].tolist()])
     profile = loss_profile(pipe.schedule, lambda x_t, t: pipe.unet(x_t, t, context), x0, generator)
     print("loss per range of t     " + ", ".join(f"{name} {loss:.3f}" for name, loss in profile.items()))
     judge = f"{args.out}/train_state/clip" if args.text_encoder == "scratch" else args.text_encoder
@@ -460,11 +456,11 @@ def evaluate(pipe, data, val, args, n=100):
         return print("no CLIP to judge by: name one, such as --text-encoder openai/clip-vit-large-patch14")
     clip, words = load_clip(judge, args.device)
     chosen = list({val.captions[i]: i for i in reversed(range(val.n))}.values())[-n:]      # no caption twice
-    captions = [val.captions[i] for i in chosen]
+    real, captions = as_pictures(val.pixels[chosen], args.device), [val.captions[i] for i in val.shown[chosen].tolist()]
     drawn = generate(pipe, captions)
-    save_sheet(drawn, 10, args, "eval")
+    grid(drawn, 10, 128).save(f"{args.out}/samples/eval.png")
     drawn = torch.cat([picture_to_tensor(picture, *picture.size[::-1]) for picture in drawn])
-    ids, real = tokenize(words, captions).to(args.device), as_pictures(val.pixels[chosen], args.device)
+    ids = tokenize(words, captions).to(args.device)
     for name, x in (("CLIP retrieval, real   ", real), ("R-precision, drawn     ", drawn.to(args.device))):
         print(f"{name} {own_caption_wins(clip, x, ids):.0%} pick their own caption out of {len(captions)}")
 
@@ -472,6 +468,8 @@ def main(args):
     """Run the stages that the command line (parse_args) asks for."""
     with blame("--device"):
         args.device, args.dtype = pick_device(args.device, args.dtype)
+    WORLD > 1 and torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+    settle(args.out)
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
     words = ["text_encoder"] * (args.text_encoder == "scratch" or args.stage == "eval")
@@ -485,16 +483,18 @@ def main(args):
     args.image_size = args.image_size or native
     if args.image_size % 16:
         raise BadInput(f"--image-size {args.image_size} is not a multiple of 16")
+    if not todo:
+        raise BadInput(f"--stage clip trains a text encoder; --text-encoder {args.text_encoder} is trained already")
     data, val = open_data(args, "train"), open_data(args, "val")
-    print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
+    WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
+    args.resume or todo == ["eval"] or RANK or set_aside(args.out, todo)
+    RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
           f"{str(args.dtype)[6:]}; the model goes to {args.out}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    WORLD > 1 and torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (BadInput, OSError) as e:
-        print(f"train.py: {str(e).splitlines()[-1]}", file=sys.stderr)
-        sys.exit(2)
+    run(main, ARGS)

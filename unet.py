@@ -24,15 +24,12 @@ Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time);
 Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
 Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py.
 """
-import math
-import re
-
+import math, os, pickle, re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
-
 from vae import Attention, Downsample, ResnetBlock, Upsample, attend, supported
 
 # ---- Time ------------------------------------------------------------------------------------------------------------
@@ -40,8 +37,7 @@ def timestep_embedding(t, dim):
     """t (B,) -> (B, dim): cosines and sines at dim/2 frequencies, from 1 to 1/10000 (Vaswani et al. 2017, section 3.5).
 
     Like the hands of many clocks: fast ones tell t from t + 1, slow ones tell early from late. The paper writes sine
-    first; the published weights expect cosine first.
-    """
+    first; the published weights expect cosine first."""
     half = dim // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t[:, None].float() * frequencies                      # (B, dim/2)
@@ -49,7 +45,6 @@ def timestep_embedding(t, dim):
 
 class TimestepEmbedding(nn.Module):
     """Two layers that turn the clock (B, dim) into features (B, T) for all residual blocks."""
-
     def __init__(self, dim, temb_channels):
         super().__init__()
         self.linear_1 = nn.Linear(dim, temb_channels)
@@ -60,7 +55,6 @@ class TimestepEmbedding(nn.Module):
 
 class AttentionPooling(nn.Module):
     """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says."""
-
     def __init__(self, channels, heads):
         super().__init__()
         self.heads = heads
@@ -71,7 +65,6 @@ class AttentionPooling(nn.Module):
         B, _, D = x.shape
         query = x.mean(dim=1, keepdim=True) + self.positional_embedding
         x = torch.cat([query, x], dim=1)                           # (B, 1 + M, D)
-
         def split(y):                                              # (B, L, D) -> (B, heads, L, D/heads)
             return y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)
         y = attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x)))
@@ -81,9 +74,7 @@ class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
 
     Cross-attention lets each pixel pick its words, but must first learn which pixel needs which word. A vector that
-    reaches every residual block says at once "night, dunes" and gets a small model to follow its prompt far sooner.
-    """
-
+    reaches every residual block says at once "night, dunes" and gets a small model to follow its prompt far sooner."""
     def __init__(self, channels, temb_channels, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
@@ -97,7 +88,6 @@ class TextTimeEmbedding(nn.Module):
 # ---- Text ------------------------------------------------------------------------------------------------------------
 class GEGLU(nn.Module):
     """value * gelu(gate): what to say, and how much of it (Shazeer 2020). (B, N, C) -> (B, N, inner)."""
-
     def __init__(self, channels, inner):
         super().__init__()
         self.proj = nn.Linear(channels, 2 * inner)                 # value and gate in one product
@@ -108,7 +98,6 @@ class GEGLU(nn.Module):
 
 class FeedForward(nn.Module):
     """Each token thinks for itself: widen fourfold, gate, narrow again. (B, N, C) -> (B, N, C)."""
-
     def __init__(self, channels):
         super().__init__()
         # Published as net.0 and net.2; net.1 was a dropout.
@@ -119,7 +108,6 @@ class FeedForward(nn.Module):
 
 class TransformerBlock(nn.Module):
     """Pixels look at each other, then at the words, then think. (B, N, C), (B, M, D) -> (B, N, C)."""
-
     def __init__(self, channels, context_channels, heads, upcast):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
@@ -136,7 +124,6 @@ class TransformerBlock(nn.Module):
 
 class SpatialTransformer(nn.Module):
     """A picture (B, C, h, w) as a sequence of h*w tokens, through a transformer block, added back to the picture."""
-
     def __init__(self, channels, context_channels, heads, groups, linear, upcast):
         super().__init__()
         self.linear = linear
@@ -163,7 +150,6 @@ class SpatialTransformer(nn.Module):
 # ---- Down, middle, up ------------------------------------------------------------------------------------------------
 class DownBlock(nn.Module):
     """One resolution on the way down: (R [T]) * layers, then halve. Returns what goes on, and every skip."""
-
     def __init__(self, in_channels, channels, layers, resnet, transformer=None, last=False):
         super().__init__()
         self.resnets = nn.ModuleList(resnet(channels if i else in_channels, channels) for i in range(layers))
@@ -186,7 +172,6 @@ class DownBlock(nn.Module):
 
 class MidBlock(nn.Module):
     """The coarsest view: R T R."""
-
     def __init__(self, channels, resnet, transformer):
         super().__init__()
         self.resnets = nn.ModuleList(resnet(channels, channels) for _ in range(2))
@@ -197,7 +182,6 @@ class MidBlock(nn.Module):
 
 class UpBlock(nn.Module):
     """One resolution on the way up: take a skip, R [T], for every skip of this level; then double."""
-
     def __init__(self, in_channels, skip_channels, channels, resnet, transformer=None, last=False):
         super().__init__()
         self.resnets = nn.ModuleList(resnet((channels if i else in_channels) + skip, channels)
@@ -231,9 +215,7 @@ class UNet(nn.Module):
     attention_head_dim    the NUMBER of attention heads, for all levels or per level: the published name is a misnomer
     use_linear_projection, upcast_attention          Stable Diffusion 2's variants: see SpatialTransformer and Attention
     addition_embed_type   None, or "text": add the whole sentence to the time embedding: see TextTimeEmbedding
-    in_channels           4; 9 for inpainting (z_t, mask, latent of the masked picture)
-    """
-
+    in_channels           4; 9 for inpainting (z_t, mask, latent of the masked picture)"""
     def __init__(self, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280), layers_per_block=2,
                  down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), up_block_types=None,
                  attention_head_dim=8, cross_attention_dim=768, norm_num_groups=32, norm_eps=1e-5,
@@ -253,21 +235,17 @@ class UNet(nn.Module):
         side = max(sample_size) if isinstance(sample_size, tuple) else sample_size
         self.config |= dict(block_out_channels=channels, up_block_types=mirrored, sample_size=side)
         temb = 4 * channels[0]
-
         def resnet(cin, cout):
             return ResnetBlock(cin, cout, norm_num_groups, norm_eps, temb)
-
         def transformer(level):
             return lambda c: SpatialTransformer(c, cross_attention_dim, heads[level], norm_num_groups,
                                                 use_linear_projection, upcast_attention)
-
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(channels[0], temb)
         if addition_embed_type == "text":
             self.add_embedding = TextTimeEmbedding(cross_attention_dim, temb, addition_embed_type_num_heads)
         elif addition_embed_type is not None:
             raise ValueError(f"config.json: addition_embed_type = {addition_embed_type!r} is not 'text' or null")
-
         self.down_blocks, skips = nn.ModuleList(), [channels[0]]   # skips: channels of what the way up will take
         for i, c in enumerate(channels):
             last = i == levels - 1
@@ -281,7 +259,6 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(channels[min(i + 1, levels - 1)], taken, channels[i], resnet,
                                           transformer(i) if attends[i] else None, last=i == 0))
         assert not skips, f"{len(skips)} skips are never used"
-
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)                       # first guess: no noise at all; loss starts at 1
@@ -310,11 +287,9 @@ class UNet(nn.Module):
 
         There the way down is one list, input_blocks: conv_in, then each level's blocks and its downsampler, "op". The
         way up is another, output_blocks. In a block, 0 is the residual block, 1 the transformer; what comes last is the
-        upsampler. Sizes follow from shapes. Heads do not: they are as in Stable Diffusion 1 or 2.
-        """
+        upsampler. Sizes follow from shapes. Heads do not: they are as in Stable Diffusion 1 or 2."""
         ends = sorted(int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight"))
         n = ends[0]                                                # entries of each level: 3
-
         def block(m):
             i, j = divmod(int(m[2]) - (m[1] == "in"), n)
             return f"{'down' if m[1] == 'in' else 'up'}_blocks.{i}.{'attentions' if m[3] == '1' else 'resnets'}.{j}"
@@ -364,22 +339,30 @@ class UNet(nn.Module):
             x = run(block, x, taken, temb, context, skips[-1].shape[2:] if skips else None)
         return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B,    4, h,   w)
 
-# ---- Published weights: from a file into this model, or into those before it -----------------------------------------
+# ---- Published weights: from a file into this model or those before it, and onto a device ----------------------------
 def read_weights(path, dtype_of):
     """A file -> {name: tensor}, each made ready before the next is read: memory never holds the weights twice.
 
     dtype_of(name): a torch.dtype, or None to leave the tensor out. A pickle (.ckpt, .bin) may ask Python to call any
     function at all: weights_only refuses what tensors do not need. One name is let through, to an empty class, because
-    Lightning leaves it in its files. Convolutions like a pixel's channels side by side: channels_last.
-    """
+    Lightning leaves it in its files. Convolutions like a pixel's channels side by side: channels_last."""
     if path.endswith(".safetensors"):
         def read(name):                                            # opened anew for each: what was read is let go
             return safe_open(path, "pt").get_tensor(name)
         names = safe_open(path, "pt").keys()
     else:
         lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
-        with torch.serialization.safe_globals([(type("ModelCheckpoint", (), {}), lightning)]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            with torch.serialization.safe_globals([(type("ModelCheckpoint", (), {}), lightning)]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as e:                        # refused: what does it ask for?
+            raw = open(path, encoding="latin-1").read(2 ** 20)     # of new ones torch does not tell: module, name, 0x93
+            new = re.findall(r"\x8c.((?!torch[\x94\x8c]|torch\._|collect)[\w.]+)\x94?\x8c.(\w+)\x94?\x93", raw, re.S)
+            asked = re.findall(r"GLOBAL (\S+)", str(e)) + [".".join(pair) for pair in new]
+            why = f"refused: it asks for {asked[0]}, which weights do not need" if asked else "not a file of weights"
+            raise ValueError(why) from None
+        if not isinstance(state, dict):
+            raise ValueError("not a file of weights")
         state = state.get("state_dict", state)
         read, names = state.pop, [k for k, x in state.items() if torch.is_tensor(x)]
     return {name: x.to(dtype_of(name), memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
@@ -398,3 +381,20 @@ def assemble(model, config, state, strays=False):
             raise ValueError(f"the weights do not fit the config: {k} is {shape}, should be {wanted.get(k, 'absent')}")
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
+
+def pick_device(device="auto", dtype="auto"):
+    """Names as on the command line -> (torch.device, torch.dtype), for the models: by default what the machine is built
+    for. Schedules and samplers compute in float32 all the same. ValueError where there is no such device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available() or device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"this machine has no {device}; try --device cpu")
+    if dtype == "auto":
+        if device == "cpu":                                        # bfloat16 pays where the processor multiplies it
+            built = [getattr(torch.cpu, f"_is_{unit}_supported", bool)() for unit in ("amx_tile", "avx512_bf16")]
+            dtype = "bfloat16" if any(built) else "float32"
+        else:
+            dtype = "bfloat16" if device == "cuda" and torch.cuda.get_device_capability()[0] >= 8 else "float16"
+    if device == "cuda":                                           # to each process that torchrun starts its own
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(device), getattr(torch, dtype)

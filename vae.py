@@ -17,11 +17,8 @@ with Latent Diffusion Models". Parameter names and defaults are those of the pub
 Letters: B pictures; C channels; H, W picture size; h = H/f, w = W/f latent size, f = 2**(levels - 1); N = h*w tokens.
 Read next: clip_encoder.py.
 """
-import inspect
-import math
-import re
+import inspect, math, re
 from itertools import product
-
 import numpy as np
 import torch
 import torch.nn as nn
@@ -41,7 +38,6 @@ def attend(q, k, v):
 
 class Attention(nn.Module):
     """Multi-head attention: tokens x (B, N, C) look at context (B, M, D), or without one at each other -> (B, N, C)."""
-
     def __init__(self, channels, context_channels=None, heads=1, qkv_bias=False, upcast=False):
         super().__init__()
         assert channels % heads == 0, f"{channels} channels do not split into {heads} heads"
@@ -65,7 +61,6 @@ class Attention(nn.Module):
 
 class SpatialAttention(Attention):
     """Self-attention in which every pixel of x (B, C, H, W) is a token; adds its result to x."""
-
     def __init__(self, channels, groups, heads=1):
         super().__init__(channels, heads=heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
@@ -79,9 +74,7 @@ class ResnetBlock(nn.Module):
     """x + f(x), with f two rounds of normalize, SiLU, 3x3 convolution: (B, Cin, H, W) -> (B, Cout, H, W).
 
     In the U-Net, the time embedding temb (B, T) is added between the two rounds, one number per channel.
-    eps is 1e-6 in the VAE and 1e-5 in the U-Net: the published weights were trained so.
-    """
-
+    eps is 1e-6 in the VAE and 1e-5 in the U-Net: the published weights were trained so."""
     def __init__(self, in_channels, out_channels, groups=32, eps=1e-6, temb_channels=None):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
@@ -107,9 +100,7 @@ class Downsample(nn.Module):
     """Halve height and width with a strided convolution.
 
     The published VAE pads only the right and bottom edges, the published U-Net all four. Padding the VAE evenly shifts
-    its pictures by half a pixel at each level: they come out subtly wrong, and nothing says why.
-    """
-
+    its pictures by half a pixel at each level: they come out subtly wrong, and nothing says why."""
     def __init__(self, channels, pad_all_sides):
         super().__init__()
         self.pad_all_sides = pad_all_sides
@@ -121,9 +112,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Double height and width (or reach `size`): repeat pixels, then let a convolution smooth them.
 
-    A transposed convolution would overlap unevenly and draw a checkerboard (Odena et al. 2016).
-    """
-
+    A transposed convolution would overlap unevenly and draw a checkerboard (Odena et al. 2016)."""
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -135,7 +124,6 @@ class Upsample(nn.Module):
 # ---- Encoder and decoder: mirror images of each other, coarse in the middle ------------------------------------------
 class Level(nn.Module):
     """One resolution of the encoder or decoder: residual blocks, then an optional change of resolution."""
-
     def __init__(self, in_channels, out_channels, layers, groups, resample=None):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(out_channels if i else in_channels, out_channels, groups)
@@ -154,7 +142,6 @@ class Level(nn.Module):
 
 class MidBlock(nn.Module):
     """The coarsest resolution, where pixels are few enough for each to look at all the others."""
-
     def __init__(self, channels, groups):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
@@ -165,7 +152,6 @@ class MidBlock(nn.Module):
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> (B, 2*Z, h, w): Z channels of mean, Z of log variance."""
-
     def __init__(self, in_channels, latent_channels, channels, layers, groups):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, channels[0], 3, padding=1)
@@ -186,7 +172,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """z (B, Z, h, w) -> (B, 3, H, W). One block more per level than the encoder: drawing is harder than seeing."""
-
     def __init__(self, out_channels, latent_channels, channels, layers, groups):
         super().__init__()
         channels = channels[::-1]
@@ -209,9 +194,7 @@ class Decoder(nn.Module):
 class DiagonalGaussian:
     """q(z|x) = N(mean, diag(exp(logvar))), as the encoder predicts it; mean and logvar are (B, Z, h, w).
 
-    The encoder predicts log(sigma^2), not sigma: any real number is then a valid variance, and tiny ones stay exact.
-    """
-
+    The encoder predicts log(sigma^2), not sigma: any real number is then a valid variance, and tiny ones stay exact."""
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)                    # exp stays finite in float32
@@ -221,8 +204,7 @@ class DiagonalGaussian:
 
         Drawing z directly would cut the gradient: chance has no derivative. Written this way chance enters as an input
         eps, and z depends smoothly on mu and sigma. generator: one, or a list with one for each picture, whose z is
-        then the same in any batch; on the CPU, the same on any device.
-        """
+        then the same in any batch; on the CPU, the same on any device."""
         shape, each = self.mean.shape, isinstance(generator, list)
         eps = torch.stack([torch.randn(shape[1:], generator=g) for g in generator]) if each else \
             torch.randn(shape, generator=generator, device=self.mean.device if generator is None else generator.device)
@@ -245,7 +227,6 @@ class VAE(nn.Module):
     Diffusion works on `scaling_factor * z`. Its models assume data of unit variance, and a VAE's latents have whatever
     spread training gave them; the factor is 1 / (their standard deviation). For Stable Diffusion's VAE that is 0.18215.
     """
-
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512),
                  layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215, use_quant_conv=True,
                  use_post_quant_conv=True):
@@ -285,8 +266,7 @@ class VAE(nn.Module):
         """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
 
         Its decoder numbers levels from the finest, ours as they run. Its attention is written as 1x1 convolutions,
-        which are linear layers on each pixel. Sizes follow from shapes.
-        """
+        which are linear layers on each pixel. Sizes follow from shapes."""
         last = max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
         state = {k: x.flatten(1) if ".attn_1." in k and x.dim() > 1 else x for k, x in state.items()}
         for old, new in (
@@ -346,13 +326,24 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None):
     First term: redraw the picture from its cloud. With p(x|z) = N(x; decode(z), s^2 I) it is -|x - x'|^2 / (2 s^2) plus
     a constant. Second term: keep the cloud near the prior p(z) = N(0, I). Multiplying -ELBO by 2 s^2 and dividing by
     the number of pixel values gives the mean squared error plus a small multiple of the KL; s hides in kl_weight: the
-    larger it is, the less exactly pictures must return, the smoother the latents, the blurrier the pictures.
-    """
+    larger it is, the less exactly pictures must return, the smoother the latents, the blurrier the pictures."""
     q = vae.encode(x)
     z = q.sample(generator)
     rec = F.mse_loss(vae.decode(z).float(), x.float())
     kl = q.kl().mean() / z[0].numel()                              # nats per latent number
     return rec + kl_weight * kl, {"mse": rec.detach(), "kl": kl.detach()}
+
+def open_picture(path, paper="white"):
+    """The picture at path as RGB: upright, laid on paper, 16 bits cut to 8. ValueError if it is none, or too large."""
+    try:
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):                             # Pillow would clip 16 bits at 255
+            image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, paper), image.convert("RGBA"))
+        return image.convert("RGB")
+    except Exception as e:                                         # a broken file may raise anything
+        raise ValueError(f"{path} is not a readable picture ({e})") from None
 
 def picture_to_tensor(image, height, width):
     """A PIL picture, scaled and cropped at the centre, never stretched -> (1, 3, height, width) in [-1, 1]."""
@@ -364,6 +355,14 @@ def tensor_to_pictures(x):
     x = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(a) for a in x]
 
+def grid(pictures, columns=None, least=0):
+    """PIL pictures of one size, laid out in rows, and small ones enlarged to `least` pixels -> one PIL picture."""
+    columns, (w, h) = columns or math.ceil(len(pictures) ** 0.5), pictures[0].size
+    sheet, k = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h)), max(1, least // w)
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * w, i // columns * h))
+    return sheet.resize((sheet.width * k, sheet.height * k), 0)
+
 def as_pictures(pixels, device):
     """Bytes (B, 3, H, W) -> x (B, 3, H, W), float32 in [-1, 1], on the device."""
     return (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
@@ -371,8 +370,7 @@ def as_pictures(pixels, device):
 def psnr(vae, x):
     """How well x (B, 3, H, W) in [-1, 1] survives the way through the latents: peak signal-to-noise ratio in dB.
     10 log10(peak^2 / mean squared error), a mean over pictures, with peak = 2, the width of [-1, 1]. At 30 dB the loss
-    is hard to see, at 20 dB it is plain.
-    """
+    is hard to see, at 20 dB it is plain."""
     redrawn = torch.cat([vae.decode(vae.encode(part).mode()).clamp(-1, 1) for part in x.split(8)])
     mse = (redrawn - x).pow(2).mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / mse)).mean().item()
@@ -382,8 +380,7 @@ def supported(config, model, only):
     """Keep of a published config.json (dict) what `model` (a class) takes as arguments; refuse what it cannot do.
 
     only: {key: the one value this code implements}, for switches that are not arguments here. Any other key is
-    bookkeeping unless it is switched on. Raises ValueError naming the key.
-    """
+    bookkeeping unless it is switched on. Numbers are sizes: above 0 and within reason. ValueError names the key."""
     arguments = inspect.signature(model).parameters
     bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim", "decay", "min_decay", "power",
                    "inv_gamma", "optimization_step", "update_after_step", "use_ema_warmup"}
@@ -391,6 +388,9 @@ def supported(config, model, only):
     for key, value in config.items():
         if key in arguments:                                       # null asks for the default
             kept |= {} if value is None else {key: tuple(value) if isinstance(value, list) else value}
+            most = 64 if key == "layers_per_block" else 2 ** 16
+            if any(type(v) in (int, float) and not 0 < v <= most for v in (value if type(value) is list else [value])):
+                raise ValueError(f"config.json: {key} = {value!r} is not above 0, or beyond {most}")
         elif key in only:
             values = value if isinstance(value, (list, tuple)) else [value]
             if any(v != only[key] for v in values):
