@@ -48,10 +48,11 @@ def load_tokenizer(source):
     from transformers import CLIPTokenizer
     folder = find(source)
     folder = os.path.join(folder, "tokenizer") if os.path.isdir(os.path.join(folder, "tokenizer")) else folder
-    if not {"tokenizer.json", "vocab.json"} & set(os.listdir(folder)):
-        raise ValueError(f"{folder} holds neither tokenizer.json nor vocab.json")
     try:
-        return CLIPTokenizer.from_pretrained(folder)
+        assert {"tokenizer.json", "vocab.json"} & {*os.listdir(folder)}, "neither tokenizer.json nor vocab.json"
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenize(tokenizer, [""])                                  # does it?
+        return tokenizer
     except Exception as e:                                         # whatever it was, one line says where
         raise ValueError(f"{folder} holds no readable CLIP tokenizer ({str(e) or type(e).__name__})") from None
 
@@ -338,7 +339,6 @@ class CLIP(nn.Module):
     def to_config(self):
         """The dict that belongs in config.json, in transformers' words."""
         return {"architectures": ["CLIPModel"], "model_type": "clip", **self.config}
-
     current_names = staticmethod(dict)                             # published CLIPs have always had the same names
 
     def text_encoder(self):

@@ -285,18 +285,19 @@ class Learner:
                 sums.setdefault(name, []).append(float(value))
         self.scaler.unscale_(self.muon)
         self.scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         told = torch.tensor([sum(sums["loss"]), stop], device=self.device)
         WORLD > 1 and torch.distributed.all_reduce(told)           # all go on, or all stop
-        if not math.isfinite(told[0] + (0 if self.scaler.is_enabled() else norm)):          # float16 has its scaler
-            raise ArithmeticError(f"step {self.done}: loss {told[0]}, gradient {norm}: try a lower --lr")
+        if not math.isfinite(told[0] + (0 if self.scaler.is_enabled() else self.norm)):     # float16 has its scaler
+            raise ArithmeticError(f"step {self.done}: loss {told[0]}, gradient {self.norm}: try a lower --lr")
         return {name: sum(values) / len(values) for name, values in sums.items()}, told[1] > 0
     @torch.no_grad()
     def step(self, lr):
         """One step at learning rate lr: first the weights, then their average."""
         for optimizer in (self.muon, self.adamw):
             optimizer.param_groups[0]["lr"] = lr
-            self.scaler.step(optimizer)
+            if math.isfinite(self.norm):                           # float16 has overflowed: pass over this one
+                self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()
         for a, p in zip(self.average.parameters(), self.model.parameters()):

@@ -2,13 +2,15 @@
 
 Tests state mathematics, or compare with code that others wrote (diffusers, transformers); none repeats the formula that
 it checks. Sections: names and shapes; equal outputs; the VAE's probabilities; diffusion; samplers; whole pictures;
-published models; CLIP and tokenizer; learning; data; loading and saving; the command lines.
-"""
+published models; CLIP and tokenizer; learning; data; loading and saving; the command lines; nothing lost; nothing let
+in."""
+import contextlib
 import json
 import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -1435,29 +1437,6 @@ def test_resumed_weights_equal_uninterrupted_ones(trained, tmp_path):
         assert same_weights(getattr(whole, part), getattr(broken, part)), part
 
 
-@pytest.mark.parametrize("script, arguments, flag", [
-    ("train.py", ["--data", "nowhere"], "--data"), ("train.py", ["--steps", "0"], "--steps"),
-    ("train.py", ["--lr", "nan"], "--lr"), ("train.py", ["--image-size", "30"], "--image-size"),
-    ("train.py", ["--batch-size", "6", "--grad-accum", "4"], "--grad-accum"), ("train.py", ["--init", "nowhere"], "nowhere"),
-    ("train.py", ["--stage", "eval", "--out", "empty"], "--stage vae"), ("train.py", ["--preset", "huge"], "--preset"),
-    ("train.py", ["--init", "MODEL", "--stage", "unet", "--text-encoder", "nowhere"], "nowhere"),
-    ("sample.py", ["x"], "python train.py"), ("sample.py", ["x", "--model", "nowhere"], "nowhere"),
-    ("sample.py", ["x", "--model", "MODEL", "--steps", "0"], "--steps"), ("sample.py", [], "PROMPT"),
-    ("sample.py", ["x", "--model", "MODEL", "--steps", "1001"], "--steps"),
-    ("sample.py", ["x", "--model", "MODEL", "--init-image", "nowhere.png"], "--init-image"),
-    ("sample.py", ["x", "--model", "MODEL", "--mask", "MODEL/model_index.json"], "--mask"),
-    ("sample.py", ["x", "--model", "MODEL", "--strength", "2"], "--strength"),
-    ("sample.py", ["x", "--model", "MODEL", "--guidance", "nan"], "--guidance"),
-    ("sample.py", ["x", "--model", "MODEL", "--height", "-8"], "--height"),
-    ("sample.py", ["x", "--model", "MODEL", "--output", "nowhere/x.png"], "--output"),
-    ("sample.py", ["x", "--model", "MODEL", "--output", "x.what"], "--output")])
-def test_bad_input_ends_with_status_2_and_names_the_flag(saved, tmp_path, script, arguments, flag):
-    status, out, err = run(script, *[a.replace("MODEL", saved) for a in arguments], cwd=tmp_path)
-    last = err.strip().splitlines()[-1]
-    assert status == 2 and flag in last and "Traceback" not in err, err
-    assert not list(tmp_path.glob("*.png"))
-
-
 @pytest.mark.parametrize("script", ["train.py", "sample.py"])
 def test_help_does_not_load_torch(script):
     program = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}', run_name='__main__')\n" \
@@ -1483,6 +1462,547 @@ def test_a_run_gone_wrong_stops_before_it_is_saved(tmp_path):
     status, _, err = run("train.py", "--stage", "vae", *TINY_RUN, "--steps", 40, "--lr", 1e11, "--save-every", 50, cwd=tmp_path)
     assert status == 1 and "nan" in err and "--lr" in err.splitlines()[-1] and "Traceback" not in err
     assert not list(tmp_path.glob("out/train_state/*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing lost: a run that is killed, a disk that is full, numbers gone wrong, many processes.
+
+class PowerCut(BaseException):
+    """Ends a program on the spot: no handler catches it, as none would notice a power cut."""
+
+
+def cut_the_power_at(call, patch):
+    """The call-th call that renames or removes something never happens, nor does anything after it."""
+    count = [0]
+    for name in ("rename", "replace", "rmdir", "unlink", "remove", "fsync"):
+        def counted(*args, real=getattr(os, name), **kwargs):
+            count[0] += 1
+            if count[0] >= call:
+                raise PowerCut
+            return real(*args, **kwargs)
+        patch.setattr(os, name, counted)
+    return count
+
+
+def test_a_saved_folder_is_the_old_model_or_the_new_one_wherever_the_power_is_cut(tmp_path):
+    """Cut before the first rename, the second, ...: what is then read is all old or all new, never a mixture."""
+    old, new = make_pipeline(), make_pipeline(prediction_type="v_prediction")
+    for part in (new.unet, new.vae, new.text_encoder):
+        shake(part, 77)
+    new.vae.scaling_factor = 0.5
+    found = []
+    for call in range(1, 1000):
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        save_pipeline(old, str(tmp_path / "m"))
+        with pytest.MonkeyPatch.context() as patch:
+            count = cut_the_power_at(call, patch)
+            try:
+                save_pipeline(new, str(tmp_path / "m"))
+            except PowerCut:
+                pass
+        pipe = load_pipeline(str(tmp_path / "m"))
+        is_new = pipe.schedule.prediction_type == "v_prediction"
+        there = new if is_new else old
+        assert all(same_weights(getattr(pipe, part), getattr(there, part)) for part in sample.PARTS), call
+        assert pipe.vae.scaling_factor == there.vae.scaling_factor
+        found.append(is_new)
+        save_pipeline(old, str(tmp_path / "m"))                    # and what was left lying about is no obstacle
+        assert same_weights(load_pipeline(str(tmp_path / "m")).unet, old.unet) and not list((tmp_path / "m").glob(".w*"))
+        if call > count[0]:                                        # nothing was cut any more
+            break
+    assert found == sorted(found) and {True, False} == set(found) and len(found) > 15
+
+
+@pytest.mark.parametrize("bytes_left", [1000, 60_000, 400_000])
+def test_a_full_disk_is_told_and_costs_nothing(trained, tmp_path, bytes_left):
+    """No file may grow beyond so many bytes, as on a full disk: one line, and what was saved before is as it was."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    (tmp_path / "out/train_state/unet.pt").unlink()
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.suffix in (".safetensors", ".json", ".pt")}
+    program = f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_left},) * 2)\n" \
+              f"sys.path.insert(0, {HERE!r}); sys.argv[0] = 'train.py'; runpy.run_path({HERE!r} + '/train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program, *map(str, TINY_RUN), "--resume", "--sample-every", "1000"],
+                          cwd=tmp_path, text=True, stderr=subprocess.PIPE)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode in (1, 2) and "too large" in last and "Traceback" not in done.stderr, done.stderr
+    assert before == {p: p.read_bytes() for p in before} and not list((tmp_path / "out").glob(".w*"))
+    load_pipeline(str(tmp_path / "out"))
+
+
+def test_a_picture_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, command):
+    (tmp_path / "x.png").write_bytes(b"old")
+    monkeypatch.setattr(Image.Image, "save", lambda self, to, **_: open(to, "wb").write(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("sample.py", "x", "--model", saved, "--steps", 1, "--output", "x.png")
+    assert (tmp_path / "x.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["x.png"]
+
+
+def test_a_new_run_keeps_the_old_model_and_never_stands_half_in_it(trained, tmp_path):
+    """Another run into the same folder, killed in its first stage: no old U-Net beside a new VAE; the old model lives."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, TINY_RUN), "--seed", "5", "--save-every", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((tmp_path / "out/previous/unet").exists() and (tmp_path / "out/vae").exists()):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    old, kept = load_pipeline(str(trained / "out")), load_pipeline(str(tmp_path / "out/previous"))
+    assert all(same_weights(getattr(old, part), getattr(kept, part)) for part in sample.PARTS)
+    with pytest.raises(BadInput, match="holds no unet"):
+        load_pipeline(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--lr", 0.01), ("--batch-size", 8), ("--steps", 9), ("--seed", 3), ("--image-size", 16), ("--max-images", 20),
+    ("--min-snr", 0), ("--grad-accum", 2), ("--prediction-type", "v_prediction"), ("--dtype", "bfloat16"), ("--preset", "base"),
+    ("--data", "pictures")])
+def test_a_run_with_other_settings_is_not_resumed(trained, tmp_path, command, flag, value):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures/a.png")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.suffix in (".safetensors", ".json", ".pt")}
+    status, _, err = command("train.py", "--stage", "unet", *TINY_RUN, "--dtype", "float32", flag, value, "--resume")
+    assert status == 2 and re.search(f"--resume: .*{flag} was .* and is {value}", err.splitlines()[-1]), err
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_gradients_that_are_no_numbers_stop_a_run_before_they_reach_a_weight():
+    for value, gone_wrong in ((1.0, False), (0.0, True), (-1.0, True)):             # sqrt: fine; infinite slope; nan
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(model.weight, value)
+        learner = ddpm.Learner(model, lambda model: (model.weight.sqrt().sum(), {}))
+        if gone_wrong:
+            with pytest.raises(ArithmeticError, match="--lr"):
+                learner.gradient([()])
+        else:
+            assert learner.gradient([()])[0] == {"loss": 1.0}
+        assert model.weight.item() == value
+
+
+def test_float16_skips_a_step_that_overflows_and_takes_the_next():
+    model = torch.nn.Linear(1, 1)
+    factor = [0.0]
+    learner = ddpm.Learner(model, lambda model: (model.weight.sum() * factor[0] + model.bias.sum(), {}), torch.float16)
+    before, scale = [p.item() for p in model.parameters()], learner.scaler.get_scale()
+    for factor[0] in (1e38, 1.0):
+        learner.gradient([()])
+        learner.step(0.1)
+        assert [p.item() != b for p, b in zip(model.parameters(), before)] == [factor[0] == 1.0] * 2    # both, or neither
+    assert learner.scaler.get_scale() < scale
+
+
+def test_each_picture_is_seen_once_an_epoch():
+    picture_at = ddpm.endless(10, seed=3)
+    epochs = [[picture_at(place) for place in range(start, start + 10)] for start in (0, 10, 20)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert epochs[1] == [ddpm.endless(10, seed=3)(place) for place in range(10, 20)] != \
+        [ddpm.endless(10, seed=4)(place) for place in range(10, 20)]
+
+
+WIDE_RUN = [*TINY_RUN, "--dtype", "float32", "--batch-size", "8", "--steps", "9", "--image-size", "16", "--sample-every", "1000"]
+
+
+def torchrun(processes, *arguments, **options):
+    from torch.distributed.run import __file__ as program
+    return subprocess.Popen([sys.executable, program, f"--nproc_per_node={processes}", "--standalone", os.path.join(HERE, "train.py"),
+                             *map(str, arguments)], text=True, stderr=subprocess.PIPE, start_new_session=True, **options)
+
+
+def closest(a, b):
+    """The largest difference between two pipelines' weights."""
+    return max((x - getattr(b, part).state_dict()[name]).abs().max().item() for part in sample.PARTS
+               for name, x in getattr(a, part).state_dict().items())
+
+
+def test_two_processes_learn_what_one_does_and_survive_the_loss_of_one(tmp_path):
+    """The same global batch: the same weights, to rounding. One of two is killed: the run ends; one alone goes on."""
+    status, _, err = run("train.py", *WIDE_RUN, "--out", tmp_path / "one")
+    assert status == 0, err
+    process = torchrun(2, *WIDE_RUN, "--out", tmp_path / "two")
+    assert "train.py: " not in process.communicate(timeout=300)[1] and process.returncode == 0
+    one, two = (load_pipeline(str(tmp_path / name)) for name in ("one", "two"))
+    assert closest(one, two) < 1e-3 < closest(one, load_untrained(one))
+    process = torchrun(2, *WIDE_RUN, "--out", tmp_path / "half")
+    while process.poll() is None and not (tmp_path / "half/train_state/unet.pt").exists():
+        time.sleep(0.02)
+    children = [int(pid) for pid in os.popen(f"pgrep -P {process.pid}").read().split()]
+    os.kill(children[-1], signal.SIGKILL)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "SIGKILL" in err
+    assert torch.load(tmp_path / "half/train_state/unet.pt", weights_only=True)["step"] < 9
+    status, _, err = run("train.py", *WIDE_RUN, "--out", tmp_path / "half", "--resume")
+    assert status == 0 and closest(one, load_pipeline(str(tmp_path / "half"))) < 1e-3, err
+
+
+def load_untrained(pipe):
+    """The same shapes, with other weights."""
+    return Pipeline(*(shake(type(getattr(pipe, part)).from_config(getattr(pipe, part).to_config())) for part in sample.PARTS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing let in: bad pictures, bad metadata, bad commands, odd prompts, files changed at random.
+
+@pytest.fixture
+def bad_pictures(tmp_path):
+    """A folder: eight pictures that can be used, and seven that cannot."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    photo.save(folder / "a_good.png")
+    photo.resize((1, 1)).save(folder / "b_dot.png")
+    photo.convert("CMYK").save(folder / "c_cmyk.jpg")
+    photo.convert("P").save(folder / "d_palette.png")
+    Image.fromarray(np.full((20, 40), 40000, dtype=np.uint16)).save(folder / "e_deep.png")
+    photo.save(folder / "f_moving.gif", save_all=True, append_images=[photo.rotate(90)] * 3)
+    photo.resize((1, 4000)).save(folder / "g_thin.png")
+    photo.save(folder / "h_last.webp")
+    data = (folder / "a_good.png").read_bytes()
+    (folder / "bad_cut.png").write_bytes(data[:2000])              # its head is whole
+    (folder / "bad_empty.png").write_bytes(b"")
+    (folder / "bad_text.jpg").write_text("no picture at all")
+    (folder / "bad_head.png").write_bytes(data[:20])
+    width = (70_000).to_bytes(4, "big") * 2                        # 4,900,000,000 pixels: beyond Pillow's limit
+    head = b"IHDR" + width + data[24:29]
+    import zlib
+    (folder / "bad_bomb.png").write_bytes(data[:12] + head + zlib.crc32(head).to_bytes(4, "big") + data[33:])
+    os.symlink("bad_loop.png", folder / "bad_loop.png")
+    os.symlink("nowhere.png", folder / "bad_link.png")
+    os.symlink("..", folder / "around")                            # a folder that contains itself
+    return folder
+
+
+def open_data(folder, out, split="train", size=16):
+    args = type("Args", (), dict(image_size=size, data=str(folder), preset="tiny", max_images=None, out=str(out)))
+    return train.open_data(args, split)
+
+
+def test_what_can_be_used_is_used_and_the_rest_is_named_once(bad_pictures, tmp_path, capsys):
+    data = open_data(bad_pictures, tmp_path / "out")
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "6 unreadable" in err
+    assert all(err.count(f"bad_{name}") == 1 for name in ("empty.png", "text.jpg", "head.png", "bomb.png", "loop.png", "link.png"))
+    assert len(data) == 9                                          # with the one that turns out broken further in
+    pixels = data.pixels[list(range(9))]
+    data.pixels[list(range(9))], open_data(bad_pictures, tmp_path / "out", "val")
+    err = capsys.readouterr().err
+    assert err.count("bad_cut.png") == 1 and "left out" in err
+    cut = data.paths.index("bad_cut.png")
+    stand_in = data.shown[cut].item()
+    assert data.shown.tolist() == [stand_in if i == cut else i for i in range(9)] and stand_in != cut
+    assert torch.equal(pixels[cut], pixels[stand_in]) and data.paths[stand_in] == "c_cmyk.jpg"
+
+
+def test_a_picture_that_vanishes_is_replaced(tmp_path, capsys):
+    (tmp_path / "p").mkdir()
+    for k in range(5):
+        Image.new("RGB", (8, 8), (50 * k, 0, 0)).save(tmp_path / f"p/{k}.png")
+    data = open_data(tmp_path / "p", tmp_path / "out")
+    os.remove(tmp_path / "p/4.png")
+    assert data.pixels[[3, 4]][:, 0, 0, 0].tolist() == [150, 0] and data.shown.tolist() == [0, 1, 2, 3, 0]
+    assert "4.png" in capsys.readouterr().err
+    for k in range(4):
+        os.remove(tmp_path / f"p/{k}.png")
+    with pytest.raises(BadInput, match="--data"):
+        data.pixels[[1]]
+
+
+@pytest.mark.parametrize("names", [[], ["bad_empty.png"], ["bad_cut.png"], ["bad_loop.png", "bad_bomb.png", "bad_cut.png"]])
+def test_a_folder_with_nothing_usable_is_an_error_before_any_model(bad_pictures, tmp_path, monkeypatch, command, names):
+    for path in bad_pictures.iterdir():
+        if path.name not in names:
+            path.unlink()
+    monkeypatch.setattr(train, "VAE", None)                        # would not be called, but crash
+    status, _, err = command("train.py", "--data", bad_pictures)
+    assert status == 2 and "--data" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_odd_captions_and_metadata_serve_as_far_as_they_can(tmp_path, capsys):
+    root = tmp_path / "p"
+    root.mkdir()
+    for name in "abcdefgh":
+        Image.new("RGB", (8, 8)).save(root / f"{name}.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "secret.png")
+    (root / "a.txt").write_bytes(b"\xff\xfe not utf-8 \x00\x07")
+    (root / "b.txt").write_text("")
+    (root / "c.txt").write_text("word " * 1_000_000)
+    (root / "d.txt").mkdir()
+    lines = [dict(file_name="e.png", text="first"), dict(file_name="./e.png", text="second"), dict(file_name="gone.png", text="x"),
+             dict(file_name="../secret.png", text="x"), dict(file_name=str(tmp_path / "secret.png"), text="x"),
+             dict(file_name="f.png", text=None), dict(file_name="g.png", text="lone \ud800 \u202e\x1b[31m")]
+    (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data = ImageFolder(str(root), 8)
+    err = capsys.readouterr().err
+    assert "4 in metadata" in err and all(name in err for name in ("e.png", "gone.png", "../secret.png"))
+    captions = {data.paths[i][0]: data.caption(i) for i in range(len(data))}
+    assert len(data) == 8 and captions["e"] == "second" and captions["b"] == captions["f"] == "" and captions["d"] == "d"
+    assert len(captions["c"]) <= 10_000 and "not utf-8" in captions["a"]
+    tokenizer = train_tokenizer([clip_encoder.plain(c) for c in captions.values()], vocab_size=540, max_length=20)
+    assert tokenize(tokenizer, list(captions.values())).shape == (8, 20)
+
+
+def test_training_on_bad_pictures_ends_well(bad_pictures, tmp_path):
+    (bad_pictures / "a_good.txt").write_bytes(b"odd \xff")
+    (bad_pictures / "metadata.jsonl").write_text(json.dumps(dict(file_name="b_dot.png", text="lone \ud800")))
+    status, _, err = run("train.py", *TINY_RUN[:2], *TINY_RUN[4:], "--data", bad_pictures, cwd=tmp_path)
+    assert status == 0 and "6 unreadable" in err and err.count("bad_cut.png") == 1 and "Traceback" not in err, err
+    load_pipeline(str(tmp_path / "out"))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """command(script, *arguments) -> (exit status, stdout, stderr): as `run`, without the slow start of a process."""
+    def run_inside(script, *arguments):
+        module = {"train.py": train, "sample.py": sample}[script]
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        monkeypatch.chdir(tmp_path)
+        status, words = 0, ""
+        try:
+            sample.run(module.main, module.parse_args())
+        except SystemExit as e:
+            status, words = (e.code, "") if isinstance(e.code, int) else (1, e.code)
+        out, err = capsys.readouterr()
+        return status, out, err + words
+    yield run_inside
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def spoiled(saved, folder):
+    """Models that are none, each in its own way."""
+    def copy(name, part=None, text=None, data=None):
+        shutil.copytree(saved, folder / name)
+        if part and text is None and data is None:
+            path = folder / name / part
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        elif part:
+            (folder / name / part).write_bytes(data if text is None else text.encode())
+    weights = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
+    whole = open(os.path.join(saved, weights["unet"]), "rb").read()
+    copy("no-unet", "unet")
+    copy("no-text", "text_encoder")
+    copy("no-tokenizer", "tokenizer")
+    copy("no-weights", weights["vae"])
+    copy("no-config", "vae/config.json")
+    copy("cut", weights["unet"], data=whole[:len(whole) // 2])
+    copy("cut-head", weights["unet"], data=whole[:50])
+    copy("empty-weights", weights["unet"], data=b"")
+    copy("wrong-size", "unet/config.json", json.dumps(dict(SMALL_UNET, block_out_channels=[32, 96, 96])))
+    copy("no-json", "unet/config.json", '{"sample_size": 8,')
+    copy("list", "unet/config.json", "[1, 2]")
+    copy("huge", "unet/config.json", json.dumps(dict(SMALL_UNET, layers_per_block=10 ** 9)))
+    copy("foreign", weights["vae"], data=whole)
+    copy("schedule", "scheduler/scheduler_config.json", '{"beta_start": 2}')
+    (folder / "empty").mkdir()
+    (folder / "random.ckpt").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "random.safetensors").write_bytes(np.random.default_rng(1).bytes(5000))
+    (folder / "foreign.safetensors").write_bytes(whole)
+    (folder / "text.ckpt").write_text("hello")
+    torch.save([1, 2, 3], folder / "list.ckpt")
+    Image.new("RGB", (16, 16)).save(folder / "red.png")
+    Image.new("RGB", (64, 16)).save(folder / "wide.png")
+    (folder / "words.txt").write_text("words")
+
+
+BAD_FLAGS = [(script, flag, value) for script, flags in {
+    "train.py": {"--steps": "0 -1 1.5 x nan 1e99", "--batch-size": "0 -4 x 99999999", "--grad-accum": "0 x 7", "--lr": "0 -1 nan inf x",
+                 "--min-snr": "-1 nan x", "--image-size": "0 -16 30 x 99999", "--max-images": "0 -1 x", "--save-every": "0 x",
+                 "--sample-every": "0 -1", "--seed": "-1 x 1e9", "--workers": "-1 9999 x", "--stage": "nope", "--preset": "huge",
+                 "--device": "tpu cuda mps", "--dtype": "int8", "--prediction-type": "x0", "--data": "nowhere words.txt empty",
+                 "--out": "words.txt", "--init": "nowhere random.ckpt cut no-text", "--text-encoder": "nowhere empty", "--what": "1"},
+    "sample.py": {"--steps": "0 -1 1001 x nan", "--guidance": "nan inf 1e9 x", "--strength": "0 -1 2 nan x", "--seed": "-1 x 1e30",
+                  "--num-images": "0 -1 x 1e9", "--height": "0 -8 1 99999999 x", "--width": "0 -8 99999 x", "--sampler": "euler",
+                  "--device": "tpu cuda mps", "--dtype": "int8", "--prediction-type": "x0", "--init-image": "nowhere.png words.txt empty",
+                  "--mask": "red.png nowhere.png", "--output": "nowhere/x.png x.what empty x.gif noending", "--tokenizer": "nowhere empty",
+                  "--like": "nowhere.png red.png words.txt", "--what": "1",
+                  "--model": "nowhere no/such/hub/id empty no-unet no-text no-tokenizer no-weights no-config cut cut-head "
+                             "empty-weights wrong-size no-json list huge foreign schedule random.ckpt random.safetensors "
+                             "foreign.safetensors text.ckpt list.ckpt red.png"}}.items()
+    for flag, values in flags.items() for value in values.split()]
+BAD_TOGETHER = [("sample.py", []), ("sample.py", ["x", "--mask", "red.png"]), ("train.py", ["prompt"]),
+                ("sample.py", ["x", "--init-image", "red.png", "--mask", "wide.png"]), ("train.py", ["--stage", "unet"]),
+                ("train.py", ["--stage", "eval"]), ("train.py", ["--stage", "clip", "--text-encoder", "SAVED"]),
+                ("train.py", ["--batch-size", "6", "--grad-accum", "4"]), ("train.py", ["--init", "SAVED", "--image-size", "40"])]
+
+
+def test_bad_commands_end_in_one_line_and_write_nothing(saved, tmp_path, command):
+    """Each flag of both scripts with values below, above, not numbers, contradictory; models and pictures that are none."""
+    assert len(BAD_FLAGS) + len(BAD_TOGETHER) > 120
+    spoiled(saved, tmp_path)
+
+    def everything():
+        return {str(path): path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = everything()
+    for script, arguments in [(script, [flag, value]) for script, flag, value in BAD_FLAGS] + BAD_TOGETHER:
+        arguments = [argument.replace("SAVED", saved) for argument in arguments]
+        if script == "sample.py" and arguments and arguments[0] != "x":
+            arguments = ["x", *([] if "--model" in arguments else ["--model", saved]), *arguments]
+        if "--device" in arguments and getattr(torch, arguments[-1], torch.cuda).is_available():
+            continue
+        status, out, err = command(script, *arguments)
+        words = err.strip().splitlines()[-1:]
+        name = arguments[-2] if len(arguments) > 1 else ""
+        assert status == 2 and words and words[0].startswith(f"{script}: ") and "Traceback" not in err, (script, arguments, err)
+        assert name in words[0] or arguments[-1] in words[0] or "--" in words[0] or "PROMPT" in words[0], (script, arguments, err)
+        assert len(err.strip().splitlines()) == 1 and not out, (script, arguments, out, err)
+        assert everything() == before, (script, arguments, set(everything().items()) ^ set(before.items()))
+
+
+@pytest.mark.parametrize("script, arguments, flag", [
+    ("train.py", ["--data", "nowhere"], "--data"), ("sample.py", ["x"], "python train.py"),
+    ("sample.py", ["x", "--model", "MODEL", "--steps", "0"], "--steps"), ("train.py", ["--lr", "nan"], "--lr")])
+def test_bad_input_ends_with_status_2_and_names_the_flag(saved, tmp_path, script, arguments, flag):
+    """A few of them in a process of their own."""
+    status, out, err = run(script, *[a.replace("MODEL", saved) for a in arguments], cwd=tmp_path)
+    assert status == 2 and flag in err and err.count("\n") == 1 and not os.listdir(tmp_path), err
+
+
+@pytest.mark.parametrize("prompt", [
+    "", "   \t ", "word " * 10_000, "\U0001f303\U0001f30c over \u6c99\u4e18", "\u05dc\u05d9\u05dc\u05d4 \u200f\u0644\u064a\u0644", "a\x00b",
+    "\"quotes\" and 'quotes', Steps: 3", "two\nlines\n\nand more", "Negative prompt: none\nSteps: 7, Sampler: none, Size: 8x8", "\\\"\\n",
+    "tab\tand \x1b[31m control"])
+def test_any_prompt_draws_and_reads_back(saved, tmp_path, command, prompt):
+    status, out, err = command("sample.py", prompt, "--model", saved, "--steps", 1, "--seed", 4, "--negative", prompt[:9].strip("\n"))
+    assert status == 0 and out == "out.png\n", err
+    again = sample.read_parameters(tmp_path / "out.png")
+    assert again["prompts"] == [prompt] and again["negative"] == prompt[:9].strip("\n") and again["seed"] == "4"
+    first = Image.open(tmp_path / "out.png").tobytes()
+    assert command("sample.py", "--like", "out.png", "--output", "b.png")[0] == 0
+    assert Image.open(tmp_path / "b.png").tobytes() == first
+
+
+def test_bytes_that_are_no_characters_become_question_marks(saved, tmp_path):
+    done = subprocess.run([sys.executable.encode(), os.path.join(HERE, "sample.py").encode(), b"a \xff house", b"--steps", b"1",
+                           b"--model", saved.encode(), b"--output", b"\xff.png"], cwd=tmp_path, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+    assert sample.read_parameters(tmp_path / os.fsdecode(b"\xff.png"))["prompts"] == ["a ? house"]
+
+
+ODD_VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 10 ** 9, 10 ** 30, -0.5, 0.1, float("nan"), float("inf"), "", "x", "None", "\ud800", "../x",
+              [], [0], [None], [1, 2, 3, 4], [64, 64, 64], ["CrossAttnDownBlock2D"], {}, {"a": {"b": []}}, [[[[]]]]]
+
+
+def spoil_json(rng, text):
+    """JSON with something changed in one place: a value, a key, or a byte."""
+    kind = rng.integers(5)
+    if kind == 0:                                                  # bytes
+        raw = bytearray(text.encode())
+        for _ in range(rng.integers(1, 4)):
+            raw[rng.integers(len(raw))] = rng.integers(256)
+        return bytes(raw)
+    if kind == 1:
+        return text.encode()[:rng.integers(len(text))] if rng.random() < 0.8 else b"[" * 100_000
+    value = json.loads(text)
+    spots = [(value, key) for key in value]
+    for parent, key in list(spots):
+        if isinstance(parent[key], (dict, list)):
+            spots += [(parent[key], inner) for inner in (parent[key] if isinstance(parent[key], dict) else range(len(parent[key])))]
+    parent, key = spots[rng.integers(len(spots))]
+    if kind == 2 and isinstance(parent, dict):
+        parent["odd" * rng.integers(1, 3)] = parent.pop(key)
+    else:
+        parent[key] = ODD_VALUES[rng.integers(len(ODD_VALUES))]
+    return json.dumps(value).encode()
+
+
+@contextlib.contextmanager
+def within_reason(seconds=60, gigabytes=2):
+    """No hang, and no more memory than that."""
+    def late(*_):
+        raise PowerCut(f"not done after {seconds} s")
+    before, handler = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, handler)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < gigabytes * 2 ** 20
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
+                                  "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json"])
+def test_configs_changed_at_random_end_in_a_picture_or_a_clear_error(saved, tmp_path, file):
+    rng, ends = np.random.default_rng(sum(file.encode())), {"picture": 0, "error": 0}
+    shutil.copytree(saved, tmp_path / "m")
+    part, sound = file.split("/")[0].replace("tokenizer", "text_encoder"), load_pipeline(saved)
+    parts = [part] if part in sample.PARTS else []                 # of the rest we know that it loads
+    text = (tmp_path / "m" / file).read_text(encoding="utf-8")
+    for k in range(60):
+        spoiled_text = spoil_json(rng, text)
+        (tmp_path / "m" / file).write_bytes(spoiled_text)
+        with within_reason():
+            try:
+                pipe = load_pipeline(str(tmp_path / "m"), parts=parts)
+                pipe = Pipeline(*(getattr(pipe, name) or getattr(sound, name) for name in (*sample.PARTS, "tokenizer")), pipe.schedule)
+                pictures = generate(pipe, "a red house", steps=2, height=16, width=16, progress=False)
+                ends["picture"] += pictures[0].size == (16, 16)
+            except BadInput as e:
+                assert "\n" not in str(e) and len(str(e)) > 15
+                ends["error"] += 1
+            except BaseException as e:
+                raise AssertionError(f"{k}: {spoiled_text[:3000]!r}") from e
+    assert sum(ends.values()) == 60 and ends["error"] > 3, ends
+
+
+def test_weights_changed_at_random_end_in_a_picture_or_a_clear_error(saved, tmp_path):
+    rng = np.random.default_rng(8)
+    shutil.copytree(saved, tmp_path / "m")
+    path = tmp_path / "m/unet/diffusion_pytorch_model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    head, body = data[8: 8 + length].decode(), data[8 + length:]
+    ends = {"picture": 0, "error": 0}
+    for k in range(80):
+        kind = rng.integers(4)
+        if kind == 0:                                              # a byte of the head, or of its length
+            raw = bytearray(data)
+            raw[rng.integers(8 + length) if rng.random() < 0.7 else rng.integers(8)] = rng.integers(256)
+        elif kind == 1:
+            raw = data[:rng.integers(len(data))]
+        else:                                                      # types, shapes, places
+            entries = json.loads(head)
+            entry = entries[list(entries)[rng.integers(len(entries))]]
+            key = list(entry)[rng.integers(len(entry))]
+            entry[key] = ["F64", "I8", "BOOL", "X", [0, 2 ** 62], [-1, 4], [], [2 ** 40, 2 ** 40], None][rng.integers(9)]
+            new = json.dumps(entries).encode()
+            raw = len(new).to_bytes(8, "little") + new + body
+        path.write_bytes(bytes(raw))
+        with within_reason():
+            try:
+                assert generate(load_pipeline(str(tmp_path / "m")), "a red house", steps=1, height=16, width=16, progress=False)
+                ends["picture"] += 1
+            except BadInput as e:
+                assert "\n" not in str(e) and len(str(e)) > 15
+                ends["error"] += 1
+            except BaseException as e:
+                raise AssertionError(f"{k}: {bytes(raw[:3000])!r}") from e
+    assert ends["error"] > 20, ends
+
+
+@pytest.mark.parametrize("name, text", [
+    ("metadata.jsonl", "\n".join(json.dumps(dict(file_name=f"{c}.png", text=f"a {c}")) for c in "abc")),
+    ("metadata.csv", "file_name,text\na.png,an a\nb.png,\"a, b\"\nc.png,c\n")])
+def test_metadata_changed_at_random_is_used_or_refused(tmp_path, name, text, capsys):
+    for c in "abc":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{c}.png")
+    rng, ends = np.random.default_rng(len(name)), {"used": 0, "refused": 0}
+    words = [b"\x00", b"\xff", b'"', b",", b"\n", b"{", b"../", b"\\u0000", b"\\ud800", b"null", b"[" * 5000, b"9" * 5000, b"a" * 200_000]
+    for k in range(100):
+        raw = text.encode()
+        for _ in range(rng.integers(1, 4)):
+            at, cut = rng.integers(len(raw)), rng.integers(3)
+            raw = raw[:at] + words[rng.integers(len(words))] + raw[at + cut:]
+        (tmp_path / name).write_bytes(raw)
+        with within_reason():
+            try:
+                data = ImageFolder(str(tmp_path), 8)
+                assert len(data) == 3 and all(isinstance(data[i][1], str) for i in range(3))
+                ends["used"] += 1
+            except BadInput as e:
+                assert name in str(e) and "\n" not in str(e)
+                ends["refused"] += 1
+            except BaseException as e:
+                raise AssertionError(f"{k}: {raw[:3000]!r}") from e
+    assert min(ends.values()) > 5, ends
 
 
 if __name__ == "__main__":

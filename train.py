@@ -10,7 +10,7 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 OUT/samples/ fills with reconstructions under their originals and with samples for fixed prompts; loss-STAGE.png and
 log-STAGE.jsonl show the losses. The U-Net's is flat by nature, since most noise cannot be guessed: trust the samples,
 and the loss in each range of t. OUT itself is the model, for sample.py and diffusers. Before this file: sample.py."""
-import argparse, sys
+import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -28,7 +28,7 @@ def parse_args():
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: CPU; base: one GPU; sd15: as published")
     p.add_argument("--image-size", type=int, metavar="N", help="pixels on a side (default: by preset 64, 256, 512)")
     p.add_argument("--max-images", type=int, metavar="N", help="use the first N pictures (tiny: 8000, else all)")
-    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps; --stage all: the U-Net's")
+    p.add_argument("--steps", type=int, metavar="N", help="optimizer steps; --stage all: the U-Net's, others follow")
     p.add_argument("--batch-size", type=int, metavar="N", help="pictures for one optimizer step")
     p.add_argument("--grad-accum", type=int, default=1, metavar="N", help="cut a batch in N parts, to fit memory")
     p.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
@@ -52,13 +52,12 @@ def parse_args():
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not between {least:.0f} and {most:.0f}")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-import collections, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, tempfile, time
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from clip_encoder import build_clip, contrastive_loss, own_caption_wins, settle, tokenize
+from clip_encoder import build_clip, contrastive_loss, own_caption_wins, plain, settle, tokenize
 from ddpm import (RANK, WORLD, Learner, NoiseSchedule, chances, diffusion_loss, endless, join, learning_rate,
                   loss_by_time, loss_profile)
 from sample import (PARTS, BadInput, Pipeline, all_at_once, blame, encode_prompts, generate, load_clip, load_pipeline,
@@ -217,11 +216,11 @@ class ImageFolder:
         for path in filter(os.path.exists, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
             with blame(f"{path}: each line has file_name and text"), open(path, encoding="utf-8-sig", newline="") as f:
                 lines = csv.DictReader(f) if path.endswith("csv") else map(json.loads, filter(str.strip, f))
-                rows += [(os.path.normpath(line["file_name"]), str(line["text"] or "")) for line in lines]
+                rows += [(os.path.normpath(line["file_name"]), plain(str(line["text"] or ""))) for line in lines]
         self.table, names = dict(rows), [name for name, _ in rows]
-        twice = collections.Counter(names) - collections.Counter({*names})
+        twice = {name for name, following in itertools.pairwise(sorted(names)) if name == following}
         for what, odd in (("unreadable, left out", {*files} - {*paths}),
-                          ("in metadata, but not in the folder, or twice", {*names} - {*files} | {*twice})):
+                          ("in metadata, but not in the folder, or twice", {*names} - {*files} | twice)):
             if odd and split == "train" and RANK == 0:
                 print(f"train.py: --data {root}: {len(odd)} {what}: {', '.join(sorted(odd)[:20])}", file=sys.stderr)
         if not self.paths:
@@ -237,7 +236,7 @@ class ImageFolder:
             with contextlib.suppress(OSError), open(beside, encoding="utf-8-sig", errors="replace") as f:
                 return f.read(10_000).strip()
         folder, name = os.path.split(stem)
-        return (os.path.basename(folder) or name).replace("_", " ").replace("-", " ")
+        return plain((os.path.basename(folder) or name).replace("_", " ").replace("-", " "))
     def __getitem__(self, i):
         picture = open_picture(os.path.join(self.root, self.paths[i]))
         return picture_to_tensor(picture, self.image_size, self.image_size)[0], self.caption(i)
@@ -302,22 +301,18 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     are prepared by worker processes; chance is from the generators, one for each picture. show(average, step): draw,
     for a person to judge. keep(average): hand the averaged model on -> write(folder), which saves it."""
     (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
-    # With --stage all, --steps are the U-Net's, and the other stages keep in proportion.
     steps = max(1, (args.steps or unet_steps) * steps // unet_steps) if args.stage == "all" else args.steps or steps
-    batch_size, parts = args.batch_size or batch_size, args.grad_accum * WORLD
-    size, peak = batch_size // parts, args.lr or (1e-5 if args.init else peak)      # --init: to be changed, not shaken
-    if size * parts != batch_size:
-        raise BadInput(f"--batch-size {batch_size} is no multiple of {parts}, --grad-accum times {WORLD} processes")
+    batch_size, peak = args.batch_size or batch_size, args.lr or (1e-5 if args.init else peak)     # not to shake it
+    size = batch_size // (args.grad_accum * WORLD)                 # of what one process takes in at once
     free = "stage out resume save_every sample_every workers device compile grad_checkpoint stop".split()
-    settings = {flag: str(value) for flag, value in (vars(args) | dict(steps=steps, pictures=data.n)).items()
-                if flag not in free}                               # all others change the result
+    settings = {flag: str(value).removeprefix("torch.") for flag, value in (
+        vars(args) | dict(steps=steps, pictures=data.n)).items() if flag not in free}       # these change the result
     learner, path = Learner(model.to(args.device), loss_of, args.dtype, settings), f"{args.out}/train_state/{stage}.pt"
     if args.resume and os.path.exists(path):
         with blame(f"--resume: {path}"):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
     start, rows = learner.done, learner.rows
-    if args.compile:
-        model.compile()
+    args.compile and model.compile()
     picture_at = endless(data.n, args.seed)
     def places():                                                  # of this process, in the endless row of pictures
         return (range(k, k + size) for k in range(start * batch_size + RANK * size, steps * batch_size, WORLD * size))
@@ -407,8 +402,6 @@ def train_unet(pipe, data, val, args):
     vae, schedule, device, side = pipe.vae, pipe.schedule, args.device, args.image_size // pipe.vae.f
     length, width = encode_prompts(pipe, [""]).shape[1:]           # of every text: T, D
     unet = pipe.unet or UNet(**UNET_SIZES[args.preset], cross_attention_dim=width, sample_size=side)
-    if unet.config["cross_attention_dim"] != width or unet.config["in_channels"] != unet.config["out_channels"]:
-        raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
     unet.config["sample_size"] = side                              # what sample.py will draw by default
     unet.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
@@ -481,11 +474,18 @@ def main(args):
     pipe.schedule.prediction_type = args.prediction_type or pipe.schedule.prediction_type
     native = pipe.unet.config["sample_size"] * pipe.vae.f if pipe.unet else PRESETS[args.preset]["image_size"]
     args.image_size = args.image_size or native
+    takes = pipe.unet.config if pipe.unet else {}
+    if takes and (takes["in_channels"], takes["cross_attention_dim"]) != (4, pipe.text_encoder.config["hidden_size"]):
+        raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
+    for batch in (args.batch_size or PRESETS[args.preset][stage][1] for stage in todo if stage != "eval"):
+        if batch % (args.grad_accum * WORLD):
+            raise BadInput(f"--batch-size {batch} is no multiple of --grad-accum {args.grad_accum} x {WORLD} processes")
     if args.image_size % 16:
         raise BadInput(f"--image-size {args.image_size} is not a multiple of 16")
     if not todo:
         raise BadInput(f"--stage clip trains a text encoder; --text-encoder {args.text_encoder} is trained already")
-    data, val = open_data(args, "train"), open_data(args, "val")
+    data = open_data(args, "train")
+    val = open_data(args, "val") if len(data) > 18 else data       # fewer than 20 serve as both
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
     args.resume or todo == ["eval"] or RANK or set_aside(args.out, todo)
     RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "

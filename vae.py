@@ -17,8 +17,7 @@ with Latent Diffusion Models". Parameter names and defaults are those of the pub
 Letters: B pictures; C channels; H, W picture size; h = H/f, w = W/f latent size, f = 2**(levels - 1); N = h*w tokens.
 Read next: clip_encoder.py.
 """
-import inspect, math, re
-from itertools import product
+import inspect, itertools, math, re
 import numpy as np
 import torch
 import torch.nn as nn
@@ -296,7 +295,7 @@ class VAE(nn.Module):
         Colours may drift a little from square to square: normalization and attention see one at a time."""
         f, (h, w), step = self.f, z.shape[2:], side - overlap
         sums = torch.zeros(len(z), 4, h * f, w * f, device=z.device)                # colours times weights; weights
-        for top, left in product(range(0, max(h - overlap, 1), step), range(0, max(w - overlap, 1), step)):
+        for top, left in itertools.product(range(0, max(h - overlap, 1), step), range(0, max(w - overlap, 1), step)):
             x = self.decode(z[:, :, top: top + side, left: left + side]).float()
             ramps = [torch.arange(1.0, n + 1, device=z.device) for n in x.shape[2:]]
             rows, columns = (torch.minimum(i, i.flip(0)).clamp(max=overlap * f) for i in ramps)
@@ -388,9 +387,10 @@ def supported(config, model, only):
     for key, value in config.items():
         if key in arguments:                                       # null asks for the default
             kept |= {} if value is None else {key: tuple(value) if isinstance(value, list) else value}
-            most = 64 if key == "layers_per_block" else 2 ** 16
-            if any(type(v) in (int, float) and not 0 < v <= most for v in (value if type(value) is list else [value])):
-                raise ValueError(f"config.json: {key} = {value!r} is not above 0, or beyond {most}")
+            most, values = {"layers_per_block": 64}.get(key, 2 ** 16), value if isinstance(value, list) else [value]
+            if type(arguments[key].default) in (int, float) and any(
+                    v is not None and not (type(v) in (int, float) and 0 < v <= most) for v in values):
+                raise ValueError(f"config.json: {key} = {value!r} is not above 0, up to {most}")
         elif key in only:
             values = value if isinstance(value, (list, tuple)) else [value]
             if any(v != only[key] for v in values):
