@@ -271,7 +271,7 @@ class Learner:
         for name, part in self.parts.items():
             part.load_state_dict(saved[name])
         self.rows, self.done = saved["rows"], saved["step"]
-    def gradient(self, batches, stop=False):
+    def gradient(self, batches, stop=()):
         """The mean gradient of some batches, cut down to a norm of 1: one odd batch must not do much harm.
         -> ({name: mean}, does any process want to stop?). ArithmeticError where loss or gradient are no numbers."""
         sums = {}
@@ -286,7 +286,7 @@ class Learner:
         self.scaler.unscale_(self.muon)
         self.scaler.unscale_(self.adamw)
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
-        told = torch.tensor([sum(sums["loss"]), stop], device=self.device)
+        told = torch.tensor([sum(sums["loss"]), len(stop)], device=self.device)
         WORLD > 1 and torch.distributed.all_reduce(told)           # all go on, or all stop
         if not math.isfinite(told[0] + (0 if self.scaler.is_enabled() else self.norm)):     # float16 has its scaler
             raise ArithmeticError(f"step {self.done}: loss {told[0]}, gradient {self.norm}: try a lower --lr")
@@ -296,7 +296,7 @@ class Learner:
         """One step at learning rate lr: first the weights, then their average."""
         for optimizer in (self.muon, self.adamw):
             optimizer.param_groups[0]["lr"] = lr
-            if math.isfinite(self.norm):                           # float16 has overflowed: pass over this one
+            if math.isfinite(self.norm):                           # it is not where float16 has overflowed
                 self.scaler.step(optimizer)
             optimizer.zero_grad()
         self.scaler.update()

@@ -105,7 +105,7 @@ def run(main, args):
     try:
         return main(args)
     except (BadInput, OSError) as e:
-        status, why = 2, str(e).splitlines()[-1]
+        status, why = 2, (str(e).splitlines() or [type(e).__name__])[-1]
     except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
         status, why = 1, next((why for clue, why in (
             ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),

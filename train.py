@@ -10,7 +10,7 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 OUT/samples/ fills with reconstructions under their originals and with samples for fixed prompts; loss-STAGE.png and
 log-STAGE.jsonl show the losses. The U-Net's is flat by nature, since most noise cannot be guessed: trust the samples,
 and the loss in each range of t. OUT itself is the model, for sample.py and diffusers. Before this file: sample.py."""
-import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time
+import argparse, contextlib, csv, dataclasses, itertools, json, math, os, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -284,16 +284,16 @@ def open_data(args, split):
     return data
 
 def set_aside(out, todo):
-    """Move what the stages in todo will train anew, and the U-Net, which relies on it, to OUT/previous: nothing is
+    """Move what the stages in todo will train anew, and the U-Net, which relies on it, to OUT/previous-K: nothing is
     lost, and no old part ever stands beside a new one. The U-Net goes first: without it the folder is no model."""
     names = ("unet scheduler model_index.json train_state/unet.pt" + " vae train_state/vae.pt" * ("vae" in todo)
              + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in todo)).split()
     old = [name for name in names if os.path.exists(f"{out}/{name}")]
-    if old:
-        shutil.rmtree(f"{out}/previous", ignore_errors=True)
-        print(f"train.py: what an earlier run left in {out}/ is now in {out}/previous/", file=sys.stderr)
+    to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
     for name in old:
-        os.renames(f"{out}/{name}", f"{out}/previous/{name}")
+        os.renames(f"{out}/{name}", f"{to}/{name}")
+    if old:
+        print(f"train.py: what an earlier run left in {out}/ is now in {to}/", file=sys.stderr)
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
@@ -330,7 +330,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, unit="step", mininterval=1, disable=RANK > 0)
     for step in bar:
         try:
-            numbers, stopping = learner.gradient([*itertools.islice(supply, args.grad_accum)], len(stop))
+            numbers, stopping = learner.gradient([*itertools.islice(supply, args.grad_accum)], stop)
         except ArithmeticError as e:
             sys.exit(f"train.py: {stage}, {e}; what {args.out}/ held before is unharmed")
         learner.step(lr := learning_rate(step, steps, peak))
