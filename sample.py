@@ -207,8 +207,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
 @contextlib.contextmanager
 def all_at_once(folder):
     """A folder to write into. Its files then move into `folder`: all of them, or after an error or a power cut none.
-    One rename, which no crash can cut in half, makes them count; from then on `settle` can move them, now or later.
-    OSError says why nothing was written: the disk is full, say."""
+    One rename, which no crash can halve, makes them count; `settle` moves them, now or later. OSError says why not."""
     settle(folder)
     writing = os.path.join(folder, ".writing")
     try:
@@ -220,8 +219,9 @@ def all_at_once(folder):
                 os.fsync(f.fileno())                               # on the disk, not only on its way there
         os.rename(writing, os.path.join(folder, ".written"))
     except Exception as e:
+        full = os.path.isdir(writing) and shutil.disk_usage(writing).free < 2 ** 20
+        why = "the disk is full" if full else getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
         shutil.rmtree(writing, ignore_errors=True)
-        why = getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
         raise OSError(f"{folder} could not be written ({why}); what it held before is unharmed") from None
     settle(folder)
 
@@ -236,10 +236,10 @@ def save_module(module, folder, part):
     state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     save_file(state, os.path.join(folder, weights_names(part)[0]), {"format": "pt"})
 
-def save_pipeline(pipe, folder, parts=PARTS):
+def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
     """Write pipe, or only some parts, as a folder that diffusers.StableDiffusionPipeline.from_pretrained reads: all of
     it at once, so that nobody ever finds half of one model and half of another. OSError where it cannot be written."""
-    with all_at_once(folder) as to:
+    with into(folder) as to:
         for part in parts:
             save_module(getattr(pipe, part), os.path.join(to, part), part)
         if "text_encoder" in parts:

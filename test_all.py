@@ -1611,13 +1611,14 @@ def test_gradients_that_are_no_numbers_stop_a_run_before_they_reach_a_weight():
 
 def test_float16_skips_a_step_that_overflows_and_takes_the_next():
     model = torch.nn.Linear(1, 1)
-    factor = [0.0]
-    learner = ddpm.Learner(model, lambda model: (model.weight.sum() * factor[0] + model.bias.sum(), {}), torch.float16)
+    factors = [0.0, 0.0]
+    learner = ddpm.Learner(model, lambda model: (
+        sum(model.weight.sum() * factor for factor in factors) + model.bias.sum(), {}), torch.float16)
     before, scale = [p.item() for p in model.parameters()], learner.scaler.get_scale()
-    for factor[0] in (1e38, 1.0):
+    for factors[:] in ((1e38, 0.0), (1e38, -1e38), (1.0, 0.0)):    # scaled: infinite; inf - inf; fine
         learner.gradient([()])
         learner.step(0.1)
-        assert [p.item() != b for p, b in zip(model.parameters(), before)] == [factor[0] == 1.0] * 2    # both, or neither
+        assert [p.item() != b for p, b in zip(model.parameters(), before)] == [factors[0] == 1.0] * 2   # both, or neither
     assert learner.scaler.get_scale() < scale
 
 
@@ -1667,6 +1668,31 @@ def test_two_processes_learn_what_one_does_and_survive_the_loss_of_one(tmp_path)
 def load_untrained(pipe):
     """The same shapes, with other weights."""
     return Pipeline(*(shake(type(getattr(pipe, part)).from_config(getattr(pipe, part).to_config())) for part in sample.PARTS))
+
+
+def test_a_model_that_draws_no_numbers_is_told(saved):
+    pipe = load_pipeline(saved)
+    torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
+    with pytest.raises(BadInput, match="nan.*float32"):
+        generate(pipe, "fog", steps=2, progress=False)
+
+
+@pytest.mark.parametrize("error, words", [
+    (KeyboardInterrupt(), "stopped"), (MemoryError(), "out of memory"), (RuntimeError("CUDA out of memory. Tried to ..."), "out of memory"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--resume"), (OSError(28, "No space left on device"), "No space"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "--resume"), (BadInput("--flag: a b"), "--flag: a b"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)])
+def test_what_goes_wrong_ends_in_one_line(monkeypatch, capsys, error, words):
+    """But an error of ours is shown as it is."""
+    def main(args):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["/somewhere/train.py"])
+    with pytest.raises(SystemExit if words else RuntimeError) as end:
+        sample.run(main, None)
+    if words:
+        err = capsys.readouterr().err
+        assert end.value.code == (2 if isinstance(error, (OSError, BadInput)) else 1) and err.count("\n") == 1
+        assert err.startswith("train.py: ") and words in err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

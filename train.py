@@ -380,7 +380,7 @@ def train_vae(pipe, data, val, args):
         if fresh:                                                  # diffusion wants latents of unit variance
             vae.scaling_factor = 1 / vae.encode(unseen).sample(torch.Generator().manual_seed(0)).std().item()
         pipe.vae = vae
-        return lambda to: save_pipeline(pipe, to, ["vae"])
+        return lambda to: save_pipeline(pipe, to, ["vae"], contextlib.nullcontext)
     fit("vae", vae, args, data, lambda vae, pixels, _, generators:
         vae_loss(vae, as_pictures(pixels, args.device), generator=generators), show, keep, data.pixels)
 
@@ -392,9 +392,9 @@ def train_clip(pipe, data, val, args):
         return contrastive_loss(clip, as_pictures(pixels, args.device), ids[data.shown[indices]].to(args.device), join)
     def keep(clip):
         pipe.text_encoder = clip.text_encoder()
-        return lambda to: (save_pipeline(pipe, to, ["text_encoder"]),              # --stage eval needs both towers
+        return lambda to: (save_pipeline(pipe, to, ["text_encoder"], contextlib.nullcontext),
                            save_module(clip, f"{to}/train_state/clip", "clip"),
-                           pipe.tokenizer.save_pretrained(f"{to}/train_state/clip"))
+                           pipe.tokenizer.save_pretrained(f"{to}/train_state/clip"))    # eval needs both towers
     fit("clip", clip, args, data, loss_of, lambda clip, step: None, keep, data.pixels)
 
 def train_unet(pipe, data, val, args):
@@ -431,7 +431,7 @@ def train_unet(pipe, data, val, args):
     def keep(unet):
         pipe.unet = unet
         parts, changed[:] = changed[:], ["unet"]                   # the frozen parts need not be written again
-        return lambda to: save_pipeline(pipe, to, parts)
+        return lambda to: save_pipeline(pipe, to, parts, contextlib.nullcontext)
     fit("unet", unet, args, data, loss_of, show, keep)
 
 @torch.no_grad()
