@@ -51,7 +51,7 @@ def load_tokenizer(source):
     try:
         assert {"tokenizer.json", "vocab.json"} & {*os.listdir(folder)}, "neither tokenizer.json nor vocab.json"
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        tokenize(tokenizer, [""])                                  # does it?
+        assert tokenize(tokenizer, [""]).size(1) > 2, "no room for words"
         return tokenizer
     except Exception as e:                                         # whatever it was, one line says where
         raise ValueError(f"{folder} holds no readable CLIP tokenizer ({str(e) or type(e).__name__})") from None

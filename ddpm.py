@@ -245,8 +245,8 @@ class Learner:
     last 200 steps or so, fewer at first: the jitter of single steps cancels out, and what is drawn with it is better.
     float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
     loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
-    def __init__(self, model, loss_of, dtype=torch.float32, settings=()):
-        self.settings, self.rows, self.done = dict(settings), [], 0                 # rows: a log; done: steps so far
+    def __init__(self, model, loss_of, dtype=torch.float32, settings=(), name="learning"):
+        self.name, self.settings, self.rows, self.done = name, dict(settings), [], 0        # rows: a log; done: steps
         self.model, self.dtype, self.device = model.requires_grad_(True).train(), dtype, next(model.parameters()).device
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
         outer = re.compile(r"embedding|conv_in\.weight|conv_out\.weight")
@@ -264,8 +264,8 @@ class Learner:
                     **{name: part.state_dict() for name, part in self.parts.items()})
     def load_state_dict(self, saved):
         """Go on where the other stood. ValueError names the settings that it does not share."""
-        other = [f"--{flag.replace('_', '-')} was {saved['settings'].get(flag)} and is {value}"
-                 for flag, value in self.settings.items() if saved["settings"].get(flag) != value]
+        was, now = saved["settings"], self.settings
+        other = [f"--{k.replace('_', '-')} was {was.get(k)} and is {v}" for k, v in now.items() if was.get(k) != v]
         if other:
             raise ValueError("; ".join(other))
         for name, part in self.parts.items():
@@ -289,7 +289,7 @@ class Learner:
         told = torch.tensor([sum(sums["loss"]), len(stop)], device=self.device)
         WORLD > 1 and torch.distributed.all_reduce(told)           # all go on, or all stop
         if not math.isfinite(told[0] + (0 if self.scaler.is_enabled() else self.norm)):     # float16 has its scaler
-            raise ArithmeticError(f"step {self.done}: loss {told[0]}, gradient {self.norm}: try a lower --lr")
+            raise ArithmeticError(f"{self.name}, step {self.done}: loss {told[0]}, gradient {self.norm}: lower --lr")
         return {name: sum(values) / len(values) for name, values in sums.items()}, told[1] > 0
     @torch.no_grad()
     def step(self, lr):

@@ -10,7 +10,7 @@ The whole of it is five lines, to be found in `generate`:
 
 From Python: `from sample import load_pipeline, save_pipeline, generate`. Before this file: unet.py. Then: train.py.
 """
-import argparse, contextlib, dataclasses, json, os, pathlib, re, shutil, sys, tempfile, warnings
+import argparse, contextlib, dataclasses, io, json, os, pathlib, re, shutil, sys, tempfile, warnings
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
 
 def parse_args():
@@ -59,7 +59,7 @@ def write_parameters(args, k, size):
     given = vars(args) | {"seed": args.seed + k, "strength": args.init_image and args.strength}
     fields = {name: given[flag] for name, flag in FIELDS.items() if given[flag] not in (None, False)}
     fields |= {"Sampler": SAMPLER_NAMES[args.sampler], "Size": "{}x{}".format(*size)}
-    settings = [f"{name}: {json.dumps(v) if set(str(v)) & set(',:') else v}" for name, v in fields.items()]
+    settings = [name + ": " + (json.dumps(v) if set(str(v)) & set(',:"\n') else str(v)) for name, v in fields.items()]
     return f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\n{', '.join(settings)}"
 
 def read_parameters(path):
@@ -104,8 +104,8 @@ def run(main, args):
     """main(args) as a command: what goes wrong is told in one line; status 2 if the input is at fault, else 1."""
     try:
         return main(args)
-    except (BadInput, OSError) as e:
-        status, why = 2, (str(e).splitlines() or [type(e).__name__])[-1]
+    except (BadInput, OSError, ArithmeticError) as e:
+        status, why = 2 - isinstance(e, ArithmeticError), (str(e).splitlines() or [type(e).__name__])[-1]
     except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
         status, why = 1, next((why for clue, why in (
             ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
@@ -372,9 +372,9 @@ def main(args):
     with blame("--mask"):
         mask = open_picture(args.mask, "black") if args.mask else None
     (folder, name), (stem, ext) = os.path.split(args.output), os.path.splitext(os.path.basename(args.output))
-    known = Image.registered_extensions().get(ext.lower()) in Image.SAVE and ext.lower() != ".gif"
-    if not known or not os.access(folder or ".", os.W_OK | os.X_OK) or os.path.isdir(args.output):
-        raise BadInput(f"--output {args.output}: it takes a folder to write to and a name that ends like .png")
+    with blame(f"--output {args.output}: it takes a folder to write to and a name that ends like .png"):
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[ext.lower()])     # can it be written?
+        assert ext.lower() != ".gif" and os.access(folder or ".", os.W_OK | os.X_OK) and not os.path.isdir(args.output)
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
     args.compile and pipe.unet.compile()
     frames = []                                                    # what each step foresaw of the first few pictures

@@ -1537,19 +1537,56 @@ def test_a_picture_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, 
     assert (tmp_path / "x.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["x.png"]
 
 
-def test_a_new_run_keeps_the_old_model_and_never_stands_half_in_it(trained, tmp_path):
-    """Another run into the same folder, killed in its first stage: no old U-Net beside a new VAE; the old model lives."""
+@pytest.mark.parametrize("flags", [["--seed", 5], ["--stage", "unet"], ["--init", "other"], ["--stage", "vae", "--resume"],
+                                   ["--stage", "unet", "--text-encoder", "other/text_encoder"]])
+def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, trained, tmp_path, monkeypatch, command, flags):
+    """Wherever the power is cut while the old model is set aside, one folder holds it all; OUT is never a mixture."""
+    shutil.copytree(saved, tmp_path / "other")
+    shutil.copytree(tmp_path / "other/tokenizer", tmp_path / "other/text_encoder/tokenizer")
+    old, found = load_pipeline(str(trained / "out")), []
+
+    def is_old(folder):
+        try:
+            pipe = load_pipeline(str(folder))
+        except BadInput:
+            return False
+        return all(same_weights(getattr(old, part), getattr(pipe, part)) for part in sample.PARTS)
+    for stage in ("vae", "clip", "unet"):
+        monkeypatch.setattr(train, f"train_{stage}", lambda *_: None)               # the moment before training
+    for call in range(1, 99, 3):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.copytree(trained / "out", tmp_path / "out")
+        if "--resume" in flags:                                    # with nothing to go on from: a new run
+            shutil.rmtree(tmp_path / "out/train_state")
+        with pytest.MonkeyPatch.context() as patch:
+            real = train.set_aside
+
+            def interrupted(*arguments):
+                interrupted.count = cut_the_power_at(call, patch)
+                real(*arguments)
+            interrupted.count = [0]
+            patch.setattr(train, "set_aside", interrupted)
+            try:
+                command("train.py", *TINY_RUN, *flags)
+            except PowerCut:
+                pass
+        count = interrupted.count[0]
+        in_place = is_old(tmp_path / "out")
+        assert in_place or is_old(tmp_path / "out/previous-1"), call
+        if not in_place:                                           # then it is no model at all
+            with pytest.raises(BadInput):
+                load_pipeline(str(tmp_path / "out"))
+        found.append(in_place)
+        if call > count:
+            break
+    assert found[0] and not found[-1] and is_old(tmp_path / "out/previous-1") and not is_old(tmp_path / "out")
+
+
+def test_a_finished_run_that_lost_its_unet_writes_it_again(trained, tmp_path, command):
     shutil.copytree(trained / "out", tmp_path / "out")
-    command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, TINY_RUN), "--seed", "5", "--save-every", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((tmp_path / "out/previous-1/unet").exists() and (tmp_path / "out/vae").exists()):
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    old, kept = load_pipeline(str(trained / "out")), load_pipeline(str(tmp_path / "out/previous-1"))
-    assert all(same_weights(getattr(old, part), getattr(kept, part)) for part in sample.PARTS)
-    with pytest.raises(BadInput, match="holds no unet"):
-        load_pipeline(str(tmp_path / "out"))
+    shutil.rmtree(tmp_path / "out/unet")
+    status, _, err = command("train.py", *TINY_RUN, "--resume")
+    assert status == 0 and same_weights(load_pipeline(str(tmp_path / "out")).unet, load_pipeline(str(trained / "out")).unet), err
 
 
 @pytest.mark.parametrize("stage", ["vae", "clip", "unet"])
@@ -1602,7 +1639,7 @@ def test_gradients_that_are_no_numbers_stop_a_run_before_they_reach_a_weight():
         torch.nn.init.constant_(model.weight, value)
         learner = ddpm.Learner(model, lambda model: (model.weight.sqrt().sum(), {}))
         if gone_wrong:
-            with pytest.raises(ArithmeticError, match="--lr"):
+            with pytest.raises(ArithmeticError, match="learning, step 0.*--lr"):
                 learner.gradient([()])
         else:
             assert learner.gradient([()])[0] == {"loss": 1.0}
@@ -1680,7 +1717,7 @@ def test_a_model_that_draws_no_numbers_is_told(saved):
 @pytest.mark.parametrize("error, words", [
     (KeyboardInterrupt(), "stopped"), (MemoryError(), "out of memory"), (RuntimeError("CUDA out of memory. Tried to ..."), "out of memory"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--resume"), (OSError(28, "No space left on device"), "No space"),
-    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "--resume"), (BadInput("--flag: a b"), "--flag: a b"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"), "--resume"), (BadInput("--flag: a b"), "--flag: a b"), (ArithmeticError("unet, step 3: loss nan"), "step 3"),
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None)])
 def test_what_goes_wrong_ends_in_one_line(monkeypatch, capsys, error, words):
     """But an error of ours is shown as it is."""
@@ -1700,7 +1737,7 @@ def test_what_goes_wrong_ends_in_one_line(monkeypatch, capsys, error, words):
 
 @pytest.fixture
 def bad_pictures(tmp_path):
-    """A folder: eight pictures that can be used, and seven that cannot."""
+    """A folder: eight pictures that can be used, and eight that cannot."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
@@ -1724,6 +1761,8 @@ def bad_pictures(tmp_path):
     os.symlink("bad_loop.png", folder / "bad_loop.png")
     os.symlink("nowhere.png", folder / "bad_link.png")
     os.symlink("..", folder / "around")                            # a folder that contains itself
+    os.mkfifo(folder / "bad_pipe.png")                             # opened, it would wait for ever
+    os.mkfifo(folder / "c_cmyk.txt")
     return folder
 
 
@@ -1735,8 +1774,8 @@ def open_data(folder, out, split="train", size=16):
 def test_what_can_be_used_is_used_and_the_rest_is_named_once(bad_pictures, tmp_path, capsys):
     data = open_data(bad_pictures, tmp_path / "out")
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "6 unreadable" in err
-    assert all(err.count(f"bad_{name}") == 1 for name in ("empty.png", "text.jpg", "head.png", "bomb.png", "loop.png", "link.png"))
+    assert err.count("\n") == 1 and "7 unreadable" in err
+    assert all(err.count(f"bad_{name}") == 1 for name in ("empty.png", "text.jpg", "head.png", "bomb.png", "loop.png", "link.png", "pipe.png"))
     assert len(data) == 9                                          # with the one that turns out broken further in
     pixels = data.pixels[list(range(9))]
     data.pixels[list(range(9))], open_data(bad_pictures, tmp_path / "out", "val")
@@ -1796,11 +1835,21 @@ def test_odd_captions_and_metadata_serve_as_far_as_they_can(tmp_path, capsys):
     assert tokenize(tokenizer, list(captions.values())).shape == (8, 20)
 
 
+def test_a_bad_picture_for_validation_does_not_stop_the_others(tmp_path, command):
+    (tmp_path / "p").mkdir()
+    for k in range(20):
+        Image.fromarray(np.random.default_rng(k).integers(0, 255, (9, 9, 3), dtype=np.uint8)).save(tmp_path / f"p/{k:02}.png")
+    whole = (tmp_path / "p/10.png").read_bytes()
+    (tmp_path / "p/10.png").write_bytes(whole[:len(whole) // 2])   # the only one for "val"
+    status, _, err = command("train.py", "--stage", "vae", *TINY_RUN, "--data", "p")
+    assert status == 0 and err.count("10.png") == 1, err
+
+
 def test_training_on_bad_pictures_ends_well(bad_pictures, tmp_path, command):
     (bad_pictures / "a_good.txt").write_bytes(b"odd \xff")
     (bad_pictures / "metadata.jsonl").write_text(json.dumps(dict(file_name="b_dot.png", text="lone \ud800")))
     status, _, err = command("train.py", *TINY_RUN[:2], *TINY_RUN[4:], "--data", bad_pictures)
-    assert status == 0 and "6 unreadable" in err and err.count("bad_cut.png") == 1 and "Traceback" not in err, err
+    assert status == 0 and "7 unreadable" in err and err.count("bad_cut.png") == 1 and "Traceback" not in err, err
     load_pipeline(str(tmp_path / "out"))
 
 
@@ -1867,7 +1916,7 @@ BAD_FLAGS = [(script, flag, value) for script, flags in {
     "sample.py": {"--steps": "0 -1 1001 x nan", "--guidance": "nan inf 1e9 x", "--strength": "0 -1 2 nan x", "--seed": "-1 x 1e30",
                   "--num-images": "0 -1 x 1e9", "--height": "0 -8 1 99999999 x", "--width": "0 -8 99999 x", "--sampler": "euler",
                   "--device": "tpu cuda mps", "--dtype": "int8", "--prediction-type": "x0", "--init-image": "nowhere.png words.txt empty",
-                  "--mask": "red.png nowhere.png", "--output": "nowhere/x.png x.what empty x.gif noending", "--tokenizer": "nowhere empty",
+                  "--mask": "red.png nowhere.png", "--output": "nowhere/x.png x.what empty x.gif noending x.blp x.bufr", "--tokenizer": "nowhere empty",
                   "--like": "nowhere.png red.png words.txt", "--what": "1",
                   "--model": "nowhere no/such/hub/id empty no-unet no-text no-tokenizer no-weights no-config cut cut-head "
                              "empty-weights wrong-size no-json list huge foreign schedule random.ckpt random.safetensors "

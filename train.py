@@ -6,11 +6,10 @@
     python train.py --stage eval                               how good is the model in out/?
 
 Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
-`clip`, captions beside their pictures in one space; `unet`, noise in latents, given the time and the text. Meanwhile
-OUT/samples/ fills with reconstructions under their originals and with samples for fixed prompts; loss-STAGE.png and
-log-STAGE.jsonl show the losses. The U-Net's is flat by nature, since most noise cannot be guessed: trust the samples,
-and the loss in each range of t. OUT itself is the model, for sample.py and diffusers. Before this file: sample.py."""
-import argparse, contextlib, csv, dataclasses, itertools, json, math, os, signal, sys, tempfile, time
+`clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
+with reconstructions under their originals and samples for fixed prompts; loss-STAGE.png, log-STAGE.jsonl with losses.
+The U-Net's is flat by nature, most noise cannot be guessed: trust the samples. OUT is the model. Before: sample.py."""
+import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -48,8 +47,10 @@ def parse_args():
     for flag, value in vars(args).items():
         least = 0 if flag in ("seed", "workers", "min_snr") else 1e-9
         most = {"workers": 256, "batch_size": 2 ** 16, "image_size": 2 ** 11}.get(flag, 1e12)
-        if type(value) in (int, float) and not least <= value <= most:
-            p.error(f"argument --{flag.replace('_', '-')}: {value} is not between {least:.0f} and {most:.0f}")
+        if type(value) in (int, float) and (not least <= value <= most or flag == "image_size" and value % 16):
+            p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'above' if least else 'at least'} 0, "
+                    f"at most {most:g}{', a multiple of 16' * (flag == 'image_size')}")
+    args.stage == "clip" and args.text_encoder != "scratch" and p.error("--stage clip: --text-encoder is one already")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
 import numpy as np
@@ -162,18 +163,15 @@ def draw(scene, rng, S):
     return picture.clip(0, 255)
 
 class Landscapes:
-    """Drawn scenes: [i] -> (picture (3, S, S) float32 in [-1, 1], caption). The same i is always the same scene.
-    split "train": 20,000 scenes; "val": 3,000 others of the same kinds; "novel": 3,000 that join a sky and a land which
-    "train" never shows together, though it shows each of them with others."""
+    """Drawn scenes: [i] -> (picture (3, S, S) float32 in [-1, 1], caption), the same i always the same. split "train":
+    20,000; "val": 3,000 others of the same kinds; "novel": 3,000 joining a sky and a land that "train" never joins."""
     def __init__(self, image_size=64, split="train"):
         self.image_size, self.split = image_size, ("train", "val", "novel").index(split)
     def __len__(self):
         return 3000 if self.split else 20000
     def plan(self, i):
         """Scene i: its choices, its caption (all of it, some, or just "a landscape"), the generator to draw it with."""
-        if not 0 <= i < len(self):
-            raise IndexError(f"scene {i} of {len(self)}")
-        rng = np.random.default_rng((self.split, i))
+        rng = np.random.default_rng((self.split, range(len(self))[i]))              # IndexError beyond
         def say(words):
             return str(rng.choice(words.split("|")))
         pairs = [(sky, land) for sky in SKIES for land in LANDS if ((sky, land) in NOVEL) == (self.split == 2)]
@@ -208,8 +206,8 @@ class ImageFolder:
         files = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
                        for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in known)
         def readable(path):
-            with contextlib.suppress(Exception), Image.open(os.path.join(root, path)):      # reads its head alone
-                return True
+            with contextlib.suppress(Exception):                   # of a picture the head alone, of a pipe nothing
+                return os.path.isfile(os.path.join(root, path)) and Image.open(os.path.join(root, path)).close() is None
         paths = [p for k, p in enumerate(files) if k >= 10_000 or readable(p)]      # the rest shows when its turn comes
         self.paths = [p for k, p in enumerate(paths) if len(paths) < 20 or (k % 20 == 10) == (split == "val")]
         self.root, self.image_size, rows = root, image_size, []
@@ -232,7 +230,7 @@ class ImageFolder:
         stem = os.path.splitext(self.paths[i])[0]
         if self.paths[i] in self.table:
             return self.table[self.paths[i]]
-        for beside in (os.path.join(self.root, stem + ext) for ext in (".txt", ".caption")):
+        for beside in filter(os.path.isfile, (os.path.join(self.root, stem + ext) for ext in (".txt", ".caption"))):
             with contextlib.suppress(OSError), open(beside, encoding="utf-8-sig", errors="replace") as f:
                 return f.read(10_000).strip()
         folder, name = os.path.split(stem)
@@ -249,10 +247,10 @@ class Kept:
         self.compute, self.block, self.rows, size = compute, block, None, n * math.prod(shape)
         self.done = torch.zeros(n, dtype=torch.bool).share_memory_()
         if size * dtype.itemsize < 2 ** 33:
-            with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder, prefix=".kept-") as f:
+            with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as f:
                 if hasattr(os, "posix_fallocate"):                 # no room on the disk? Say so now: a map cannot
                     os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
-                self.rows = torch.from_file(f.name, shared=True, size=size, dtype=dtype).view(n, *shape)
+                self.rows = torch.from_numpy(np.memmap(f, str(dtype)[6:], "r+", shape=(n, *shape)))
     def __getitem__(self, indices):
         if self.rows is None:
             return self.compute(indices).cpu()
@@ -283,17 +281,20 @@ def open_data(args, split):
     data.pixels[[0]]                                               # is there any that can be read?
     return data
 
-def set_aside(out, todo):
-    """Move what the stages in todo will train anew, and the U-Net, which relies on it, to OUT/previous-K: nothing is
-    lost, and no old part ever stands beside a new one. The U-Net goes first: without it the folder is no model."""
-    names = ("unet scheduler model_index.json train_state/unet.pt" + " vae train_state/vae.pt" * ("vae" in todo)
-             + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in todo)).split()
-    old = [name for name in names if os.path.exists(f"{out}/{name}")]
-    to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
-    for name in old:
-        os.renames(f"{out}/{name}", f"{to}/{name}")
+def set_aside(out, stages):
+    """Copy the model in OUT whole to OUT/previous-K, then take away what the stages train anew, and the U-Net, which
+    relies on it: nothing is lost, and no old part ever stands beside a new one."""
+    names = ("unet scheduler model_index.json train_state/unet.pt" + " vae train_state/vae.pt" * ("vae" in stages)
+             + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in stages)).split()
+    old = [path for path in (f"{out}/{name}" for name in names) if os.path.exists(path)]
     if old:
-        print(f"train.py: what an earlier run left in {out}/ is now in {to}/", file=sys.stderr)
+        to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
+        shutil.rmtree(f"{out}/.copy", ignore_errors=True)
+        shutil.copytree(out, f"{out}/.copy", ignore=shutil.ignore_patterns("previous-*", ".*", "samples"))
+        os.rename(f"{out}/.copy", to)
+        print(f"train.py: {out}/ holds an earlier run, of which {to}/ is a copy", file=sys.stderr)
+    for path in old:
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
@@ -304,19 +305,16 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     steps = max(1, (args.steps or unet_steps) * steps // unet_steps) if args.stage == "all" else args.steps or steps
     batch_size, peak = args.batch_size or batch_size, args.lr or (1e-5 if args.init else peak)     # not to shake it
     size = batch_size // (args.grad_accum * WORLD)                 # of what one process takes in at once
-    free = "stage out resume save_every sample_every workers device compile grad_checkpoint stop".split()
-    settings = {flag: str(value).removeprefix("torch.") for flag, value in (
-        vars(args) | dict(steps=steps, pictures=data.n)).items() if flag not in free}       # these change the result
-    learner, path = Learner(model.to(args.device), loss_of, args.dtype, settings), f"{args.out}/train_state/{stage}.pt"
+    settings, path = args.settings | dict(steps=steps), f"{args.out}/train_state/{stage}.pt"
+    learner = Learner(model.to(args.device), loss_of, args.dtype, settings, stage)
     if args.resume and os.path.exists(path):
         with blame(f"--resume: {path}"):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
     start, rows = learner.done, learner.rows
     args.compile and model.compile()
-    picture_at = endless(data.n, args.seed)
     def places():                                                  # of this process, in the endless row of pictures
         return (range(k, k + size) for k in range(start * batch_size + RANK * size, steps * batch_size, WORLD * size))
-    def batches():                                                 # what stands there: a matter of the seed alone
+    def batches(picture_at=endless(data.n, args.seed)):            # what stands there: a matter of the seed alone
         return ([picture_at(place) for place in batch] for batch in places())
     stop = vars(args).setdefault("stop", [])                       # one list for all stages
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
@@ -325,14 +323,18 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
     supply = zip(ready, batches(), (chances(args.seed, batch) for batch in places()))       # in worker processes: ready
     sums, began = {}, time.time()
+    def save():
+        write = keep(learner.average)
+        if RANK == 0:
+            with all_at_once(args.out) as to:
+                write(to)
+                os.makedirs(f"{to}/train_state", exist_ok=True)
+                torch.save(learner.state_dict(), f"{to}/train_state/{stage}.pt")
     log = open(os.devnull if RANK else f"{args.out}/log-{stage}.jsonl", "w", 1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, unit="step", mininterval=1, disable=RANK > 0)
     for step in bar:
-        try:
-            numbers, stopping = learner.gradient([*itertools.islice(supply, args.grad_accum)], stop)
-        except ArithmeticError as e:
-            sys.exit(f"train.py: {stage}, {e}; what {args.out}/ held before is unharmed")
+        numbers, stopping = learner.gradient([*itertools.islice(supply, args.grad_accum)], stop)
         learner.step(lr := learning_rate(step, steps, peak))
         for name, value in numbers.items():
             sums.setdefault(name, []).append(value)
@@ -347,15 +349,10 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
             show(learner.average, done)
             plot(rows, f"{args.out}/loss-{stage}.png")
         if done % args.save_every == 0 or last:
-            write = keep(learner.average)
-            if RANK == 0:
-                with all_at_once(args.out) as to:
-                    write(to)
-                    os.makedirs(f"{to}/train_state", exist_ok=True)
-                    torch.save(learner.state_dict(), f"{to}/train_state/{stage}.pt")
+            save()
         if stopping and done < steps:
             sys.exit(f"train.py: {stage} stopped after step {done} of {steps}; with --resume it goes on")
-    keep(learner.average)                                          # also where nothing was left to train
+    start < steps or save()                                        # resumed at the end: nothing was left to train
 
 def plot(rows, path, W=640, H=360):
     """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
@@ -480,16 +477,19 @@ def main(args):
     for batch in (args.batch_size or PRESETS[args.preset][stage][1] for stage in todo if stage != "eval"):
         if batch % (args.grad_accum * WORLD):
             raise BadInput(f"--batch-size {batch} is no multiple of --grad-accum {args.grad_accum} x {WORLD} processes")
-    if args.image_size % 16:
-        raise BadInput(f"--image-size {args.image_size} is not a multiple of 16")
-    if not todo:
-        raise BadInput(f"--stage clip trains a text encoder; --text-encoder {args.text_encoder} is trained already")
     data = open_data(args, "train")
-    val = open_data(args, "val") if len(data) > 18 else data       # fewer than 20 serve as both
+    val = data                                                     # fewer than 20 serve as both, also where those for
+    with contextlib.suppress(BadInput):                            # "val" cannot be read
+        val = open_data(args, "val") if len(data) > 18 else data
+    free = "stage out resume save_every sample_every workers device compile grad_checkpoint steps".split()
+    args.settings = {flag: str(value).removeprefix("torch.") for flag, value in vars(args).items() if flag not in free}
+    args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures"         # all of them change weights
+    args.resume = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")    # else there is nothing yet
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
-    args.resume or todo == ["eval"] or RANK or set_aside(args.out, todo)
+    args.resume or todo == ["eval"] or RANK or set_aside(
+        args.out, [*todo, *["vae", "clip"] * bool(args.init), *["clip"] * (args.text_encoder != "scratch")])
     RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
-          f"{str(args.dtype)[6:]}; the model goes to {args.out}/")
+          f"{str(args.dtype)[6:]}; the model goes to {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)

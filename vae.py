@@ -384,17 +384,17 @@ def supported(config, model, only):
     bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim", "decay", "min_decay", "power",
                    "inv_gamma", "optimization_step", "update_after_step", "use_ema_warmup"}
     kept = {}
-    for key, value in config.items():
-        if key in arguments:                                       # null asks for the default
-            kept |= {} if value is None else {key: tuple(value) if isinstance(value, list) else value}
-            most, values = {"layers_per_block": 64}.get(key, 2 ** 16), value if isinstance(value, list) else [value]
-            if type(arguments[key].default) in (int, float) and any(
-                    v is not None and not (type(v) in (int, float) and 0 < v <= most) for v in values):
-                raise ValueError(f"config.json: {key} = {value!r} is not above 0, up to {most}")
+    for key, value in ((key, value) for key, value in config.items() if value is not None):         # null: the default
+        if key in arguments:
+            kept[key] = tuple(value) if isinstance(value, list) else value
+            kinds = {int: (int,), float: (int, float)}.get(type(arguments[key].default))
+            values = value if isinstance(value, list) and key in ("attention_head_dim", "sample_size") else [value]
+            if kinds and not all(type(v) in kinds and 0 < v <= (64 if "layers" in key else 2 ** 16) for v in values):
+                raise ValueError(f"config.json: {key} = {value!r} is not above 0, or beyond reason")
         elif key in only:
             values = value if isinstance(value, (list, tuple)) else [value]
             if any(v != only[key] for v in values):
                 raise ValueError(f"config.json: {key} = {value!r} is not supported, only {only[key]!r}")
-        elif not key.startswith("_") and key not in bookkeeping and value not in (None, False):
+        elif not key.startswith("_") and key not in bookkeeping and value is not False:
             raise ValueError(f"config.json: {key} = {value!r} is not known to {model.__name__}")
     return kept
