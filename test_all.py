@@ -1530,9 +1530,17 @@ def test_a_full_disk_is_told_and_costs_nothing(trained, tmp_path, bytes_left):
 
 
 def test_a_picture_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, command):
+    real = Image.Image.save
+
+    def save(picture, to, *args, **rest):
+        real(picture, to, *args, **rest)
+        if isinstance(to, str):                                    # and not the trial of the format in memory
+            with open(to, "r+b") as file:
+                file.truncate(9)
+            raise KeyError("cut")
     (tmp_path / "x.png").write_bytes(b"old")
-    monkeypatch.setattr(Image.Image, "save", lambda self, to, **_: open(to, "wb").write(b"half") and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(KeyError, match="cut"):
         command("sample.py", "x", "--model", saved, "--steps", 1, "--output", "x.png")
     assert (tmp_path / "x.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["x.png"]
 
@@ -1556,6 +1564,7 @@ def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, 
     for call in range(1, 99, 3):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(trained / "out", tmp_path / "out")
+        (tmp_path / "out/a user's own").mkdir()
         if "--resume" in flags:                                    # with nothing to go on from: a new run
             shutil.rmtree(tmp_path / "out/train_state")
         with pytest.MonkeyPatch.context() as patch:
@@ -1580,6 +1589,7 @@ def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, 
         if call > count:
             break
     assert found[0] and not found[-1] and is_old(tmp_path / "out/previous-1") and not is_old(tmp_path / "out")
+    assert (tmp_path / "out/a user's own").exists() and not (tmp_path / "out/previous-1/a user's own").exists()
 
 
 def test_a_finished_run_that_lost_its_unet_writes_it_again(trained, tmp_path, command):
@@ -1972,6 +1982,18 @@ def test_any_prompt_draws_and_reads_back(saved, tmp_path, command, prompt):
     first = Image.open(tmp_path / "out.png").tobytes()
     assert command("sample.py", "--like", "out.png", "--output", "b.png")[0] == 0
     assert Image.open(tmp_path / "b.png").tobytes() == first
+
+
+@pytest.mark.parametrize("model", ['"m', 'a "b" c', "two\nlines", "a, Steps: 9, b: c", "\u6c99\u4e18/\U0001f303", "C:\\models\\m"])
+def test_settings_read_back_whatever_they_contain(tmp_path, monkeypatch, model):
+    from PIL import PngImagePlugin
+    monkeypatch.setattr(sys, "argv", ["sample.py", "a house", "--model", model, "--init-image", model, "--tokenizer", model, "--seed", "3"])
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("parameters", sample.write_parameters(sample.parse_args(), 0, (8, 8)))
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=info)
+    again = sample.read_parameters(tmp_path / "x.png")
+    assert again["model"] == again["init_image"] == again["tokenizer"] == model
+    assert (again["prompts"], again["seed"], again["steps"]) == (["a house"], "3", "25")
 
 
 def test_bytes_that_are_no_characters_become_question_marks(saved, tmp_path):

@@ -289,8 +289,9 @@ def set_aside(out, stages):
     old = [path for path in (f"{out}/{name}" for name in names) if os.path.exists(path)]
     if old:
         to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
-        shutil.rmtree(f"{out}/.copy", ignore_errors=True)
-        shutil.copytree(out, f"{out}/.copy", ignore=shutil.ignore_patterns("previous-*", ".*", "samples"))
+        model = {*PARTS, "tokenizer", "scheduler", "model_index.json", "train_state"}       # not what else lies there
+        shutil.copytree(out, f"{out}/.copy", dirs_exist_ok=True,
+                        ignore=lambda at, names: {*names} - model if at == out else ())
         os.rename(f"{out}/.copy", to)
         print(f"train.py: {out}/ holds an earlier run, of which {to}/ is a copy", file=sys.stderr)
     for path in old:
@@ -303,7 +304,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     for a person to judge. keep(average): hand the averaged model on -> write(folder), which saves it."""
     (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
     steps = max(1, (args.steps or unet_steps) * steps // unet_steps) if args.stage == "all" else args.steps or steps
-    batch_size, peak = args.batch_size or batch_size, args.lr or (1e-5 if args.init else peak)     # not to shake it
+    batch_size, peak = args.batch_size or batch_size, args.lr or (1e-5 if args.init else peak)     # --init: gently
     size = batch_size // (args.grad_accum * WORLD)                 # of what one process takes in at once
     settings, path = args.settings | dict(steps=steps), f"{args.out}/train_state/{stage}.pt"
     learner = Learner(model.to(args.device), loss_of, args.dtype, settings, stage)
@@ -321,8 +322,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
     ready = itertools.repeat(None) if pixels is None else DataLoader(
         pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
-    supply = zip(ready, batches(), (chances(args.seed, batch) for batch in places()))       # in worker processes: ready
-    sums, began = {}, time.time()
+    supply, sums = zip(ready, batches(), (chances(args.seed, batch) for batch in places())), {}
     def save():
         write = keep(learner.average)
         if RANK == 0:
@@ -330,7 +330,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
                 write(to)
                 os.makedirs(f"{to}/train_state", exist_ok=True)
                 torch.save(learner.state_dict(), f"{to}/train_state/{stage}.pt")
-    log = open(os.devnull if RANK else f"{args.out}/log-{stage}.jsonl", "w", 1)
+    began, log = time.time(), open(os.devnull if RANK else f"{args.out}/log-{stage}.jsonl", "w", 1)
     log.writelines(json.dumps(row) + "\n" for row in rows)
     bar = tqdm(range(start, steps), stage, initial=start, total=steps, unit="step", mininterval=1, disable=RANK > 0)
     for step in bar:
