@@ -1331,9 +1331,9 @@ def test_a_broken_folder_is_named(saved, tmp_path, spoil, word):
 # ---------------------------------------------------------------------------------------------------------------------
 # The command lines.
 
-def run(script, *args, cwd=None):
+def run(script, *args, cwd=None, env=None):
     """Run a script as a user would -> (exit status, stdout, stderr)."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, args)], cwd=cwd, text=True,
+    done = subprocess.run([sys.executable, os.path.join(HERE, script), *map(str, args)], cwd=cwd, env=env, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=600)
     return done.returncode, done.stdout, done.stderr
 
@@ -1561,7 +1561,7 @@ def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, 
         return all(same_weights(getattr(old, part), getattr(pipe, part)) for part in sample.PARTS)
     for stage in ("vae", "clip", "unet"):
         monkeypatch.setattr(train, f"train_{stage}", lambda *_: None)               # the moment before training
-    for call in range(1, 99, 3):
+    for call in range(1, 199, 7):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(trained / "out", tmp_path / "out")
         (tmp_path / "out/a user's own").mkdir()
@@ -1809,6 +1809,22 @@ def test_a_picture_that_vanishes_is_replaced(tmp_path, capsys):
         os.remove(tmp_path / f"p/{k}.png")
     with pytest.raises(BadInput, match="--data"):
         data.pixels[[1]]
+
+
+def test_pictures_that_training_draws_are_no_data(tmp_path, command):
+    """In a folder of photographs, `train.py --data .`: OUT lies among them, and --resume finds the same data as before."""
+    for k in range(24):
+        Image.new("RGB", (20, 20), (9 * k, 99, 200)).save(tmp_path / f"{k}.png")
+    flags = ["--data", ".", *TINY_RUN, "--stage", "vae"]
+    assert command("train.py", *flags)[0] == 0 and len(list((tmp_path / "out").rglob("*.png"))) > 1
+    assert len(train.ImageFolder(str(tmp_path), 16, "train", str(tmp_path / "out"))) == 23 < len(train.ImageFolder(str(tmp_path), 16))
+    status, _, err = command("train.py", *flags, "--resume")
+    assert status == 0 and (tmp_path / "out/train_state/vae.pt").exists() and not (tmp_path / "out/previous-1").exists(), err
+
+
+def test_processes_that_nobody_brings_together_are_told(tmp_path):
+    status, _, err = run("train.py", *TINY_RUN, cwd=tmp_path, env=dict(os.environ, WORLD_SIZE="2", RANK="0"))
+    assert status == 2 and re.fullmatch("train.py: .*2 processes.*\n", err) and not os.listdir(tmp_path), err
 
 
 @pytest.mark.parametrize("names", [[], ["bad_empty.png"], ["bad_cut.png"], ["bad_loop.png", "bad_bomb.png", "bad_cut.png"]])

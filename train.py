@@ -197,14 +197,15 @@ class Landscapes:
 
 # ---- Data: a folder of pictures; and how pictures, latents and text states are kept ----------------------------------
 class ImageFolder:
-    """Pictures below root: [i] -> (picture (3, S, S) float32 in [-1, 1], caption). Cropped to squares, never stretched.
-    The caption is what is there first: its line in root/metadata.jsonl or .csv (file_name, text); the text beside it
-    (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val", not "train". What cannot be
-    used is told once. BadInput if nothing can; ValueError from [i] if picture i turns out to be broken further in."""
-    def __init__(self, root, image_size=64, split="train"):
-        known = {ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """Pictures below root, but for those in `out`: [i] -> (picture (3, S, S) float32 in [-1, 1], caption), cropped to
+    squares, never stretched. The caption is what is there first: its line in root/metadata.jsonl or .csv (file_name,
+    text); the text beside it (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val",
+    not "train". What cannot be used is told once. BadInput if nothing can; ValueError from [i] if it is broken."""
+    def __init__(self, root, image_size=64, split="train", out=""):
+        drawn = [os.path.abspath(f"{out}/{name}") for name in ("", "samples") if out]      # training's own pictures
         files = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
-                       for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in known)
+                       if os.path.abspath(folder) not in drawn for name in names if name[0] != "."
+                       and Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in Image.OPEN)
         def readable(path):
             with contextlib.suppress(Exception):                   # of a picture the head alone, of a pipe nothing
                 return os.path.isfile(os.path.join(root, path)) and Image.open(os.path.join(root, path)).close() is None
@@ -264,7 +265,7 @@ def open_data(args, split):
     """The data set, with what the stages want of it: n, captions, pixels[indices] -> bytes (B, 3, S, S), and then
     shown[indices], which pictures these are: the next stands in for one that cannot be read."""
     S = args.image_size
-    data = Landscapes(S, split) if args.data == "landscapes" else ImageFolder(args.data, S, split)
+    data = Landscapes(S, split) if args.data == "landscapes" else ImageFolder(args.data, S, split, args.out)
     n = data.n = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
     data.captions, data.shown = [data.caption(i) for i in range(n)], torch.arange(n).share_memory_()
     def read(i):
@@ -290,8 +291,8 @@ def set_aside(out, stages):
     if old:
         to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
         model = {*PARTS, "tokenizer", "scheduler", "model_index.json", "train_state"}       # not what else lies there
-        shutil.copytree(out, f"{out}/.copy", dirs_exist_ok=True,
-                        ignore=lambda at, names: {*names} - model if at == out else ())
+        with all_at_once(f"{out}/.copy") as copy:
+            shutil.copytree(out, copy, ignore=lambda at, all_: {*all_} - model if at == out else (), dirs_exist_ok=True)
         os.rename(f"{out}/.copy", to)
         print(f"train.py: {out}/ holds an earlier run, of which {to}/ is a copy", file=sys.stderr)
     for path in old:
@@ -370,9 +371,8 @@ def train_vae(pipe, data, val, args):
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     unseen = as_pictures(val.pixels[list(range(min(val.n, max(8, 2 ** 18 // args.image_size ** 2))))], args.device)
     def show(vae, step):
-        redrawn = vae.decode(vae.encode(unseen[:8]).mode())
-        pictures = tensor_to_pictures(torch.cat([unseen[:8], redrawn]))
-        grid(pictures, len(redrawn), 128).save(f"{args.out}/samples/vae-{step:06d}.png")
+        pictures = tensor_to_pictures(torch.cat([unseen[:8], vae.decode(vae.encode(unseen[:8]).mode())]))
+        grid(pictures, len(pictures) // 2, 128).save(f"{args.out}/samples/vae-{step:06d}.png")
     def keep(vae):
         if fresh:                                                  # diffusion wants latents of unit variance
             vae.scaling_factor = 1 / vae.encode(unseen).sample(torch.Generator().manual_seed(0)).std().item()
@@ -456,9 +456,9 @@ def evaluate(pipe, data, val, args, n=100):
 
 def main(args):
     """Run the stages that the command line (parse_args) asks for."""
-    with blame("--device"):
+    with blame("--device" + f", {WORLD} processes" * (WORLD > 1)):
         args.device, args.dtype = pick_device(args.device, args.dtype)
-    WORLD > 1 and torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        WORLD > 1 and torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     settle(args.out)
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
