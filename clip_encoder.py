@@ -40,8 +40,7 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
     learned = build(symbols, []).train_new_from_iterator(captions, vocab_size, show_progress=False)
     merges = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
     # Training keeps only the bytes it has seen. Built anew around the merges, all 256 are there.
-    known = set(symbols)
-    return build(symbols + [a + b for a, b in merges if not (a + b in known or known.add(a + b))], merges)
+    return build(list(dict.fromkeys(symbols + [a + b for a, b in merges])), merges)
 
 def load_tokenizer(source):
     """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> transformers' CLIPTokenizer."""
@@ -51,7 +50,7 @@ def load_tokenizer(source):
     try:
         assert {"tokenizer.json", "vocab.json"} & {*os.listdir(folder)}, "neither tokenizer.json nor vocab.json"
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        assert tokenize(tokenizer, [""]).size(1) > 2, "no room for words"
+        assert tokenize(tokenizer, ["qzjx"]).size(1) > 2, "no room for words"       # nor may a word be unknown
         return tokenizer
     except Exception as e:                                         # whatever it was, one line says where
         raise ValueError(f"{folder} holds no readable CLIP tokenizer ({str(e) or type(e).__name__})") from None
@@ -82,19 +81,22 @@ def weights_names(part):
 def settle(folder):
     """Move what sample.py's `all_at_once` wrote to its place, where a process was killed before it could."""
     written = os.path.join(folder, ".written")
-    for at, _, names in os.walk(written, topdown=False):
+    found = [] if os.path.islink(written) else list(os.walk(written))
+    for at, _, names in found:                                     # not out of links, not into links
         home = os.path.normpath(os.path.join(folder, os.path.relpath(at, written)))
+        at != written and os.path.islink(home) and os.unlink(home)
         os.makedirs(home, exist_ok=True)
         for name in names:
             with contextlib.suppress(FileNotFoundError):           # someone who loads the model may be settling, too
                 os.replace(os.path.join(at, name), os.path.join(home, name))
+    for at, *_ in reversed(found):
         with contextlib.suppress(OSError):
             os.rmdir(at)
 
 def find(model, parts=()):
     """A path as it is; a hub id -> its folder in the hub's cache, after downloading what is not there yet: configs,
     words and one file of weights for each part. ValueError says why not."""
-    if os.path.exists(model):
+    if os.path.isdir(model) or os.path.isfile(model):
         settle(model)
         return model
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
@@ -102,8 +104,7 @@ def find(model, parts=()):
     from huggingface_hub import model_info, snapshot_download
     old, why = next((old for old in MOVED if model.startswith(old)), ""), None
     moved = MOVED.get(old, "") + model[len(old):]
-    if old:
-        print(f"{model} is no longer on the hub; taking its copy {moved}", file=sys.stderr)
+    old and print(f"{model} is no longer on the hub; taking its copy {moved}", file=sys.stderr)
     for name in dict.fromkeys((moved, model)):                     # a cache may have it under its old name
         try:
             files, cached = {f.rfilename for f in model_info(name).siblings}, False
@@ -222,13 +223,12 @@ def known(config, model, model_type, defaults):
     kept = {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
     for key, value in kept.items():
         most = 256 if key == "num_hidden_layers" else 2 ** 20
-        if key not in ("hidden_act", "bos_token_id", "pad_token_id", "eos_token_id") and not 0 < value <= most:
+        if not (key == "hidden_act" or "token_id" in key or 0 < value <= most and (type(value) is int or "eps" in key)):
             raise ValueError(f"config.json: {key} = {value!r} is not above 0, or beyond {most}")
     return kept
 
 class CLIPTextEncoder(nn.Module):
     """The text tower alone. `CLIPTextEncoder()` is Stable Diffusion 1's (CLIP ViT-L/14); names as in transformers.
-
     forward: ids (B, T) int64 -> (B, T, D). hidden_act: "quick_gelu" (Stable Diffusion 1) or "gelu" (2)."""
     def __init__(self, vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
                  num_attention_heads=12, max_position_embeddings=77, hidden_act="quick_gelu", layer_norm_eps=1e-5,
@@ -296,7 +296,7 @@ class VisionEmbeddings(nn.Module):
 
     def forward(self, x):
         patches = self.patch_embedding(x).flatten(2).transpose(1, 2)                # (B, (S/p)^2, D)
-        whole = self.class_embedding.expand(len(x), 1, -1)
+        whole = self.class_embedding.expand(len(x), 1, -1)         # (B, 1, D)
         return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
 
 class VisionTransformer(nn.Module):

@@ -34,7 +34,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 class NoiseSchedule:
     """The constants of the forward process, and what follows from them alone. No arguments: Stable Diffusion 1.5's.
-
     num_train_timesteps       T
     beta_start, beta_end      first and last beta (unused by "cosine")
     beta_schedule             "linear", "scaled_linear" (linear in sqrt(beta)) or "cosine"
@@ -45,9 +44,9 @@ class NoiseSchedule:
                  clip_sample=False):
         self.config = {k: v for k, v in locals().items() if k != "self"}
         T = self.T = num_train_timesteps
-        if not (type(T) is int and 0 < T <= 10 ** 6 and abs(steps_offset) <= T and 0 < beta_start <= beta_end < 1):
+        if not (type(T) is type(steps_offset) is int and max(abs(steps_offset), 1) <= T <= 10 ** 6 and beta_start > 0):
             raise ValueError(f"num_train_timesteps = {T}, beta_start = {beta_start}, beta_end = {beta_end}, "
-                             f"steps_offset = {steps_offset} are no schedule: noise must grow, from 0 < beta < 1")
+                             f"steps_offset = {steps_offset} are no schedule")
         if beta_schedule == "linear":                              # DDPM, section 4
             beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
         elif beta_schedule == "scaled_linear":                     # Stable Diffusion
@@ -62,13 +61,14 @@ class NoiseSchedule:
             raise ValueError(f"prediction_type = {prediction_type!r} is not epsilon or v_prediction")
         if timestep_spacing not in (None, "leading", "trailing", "linspace"):
             raise ValueError(f"timestep_spacing = {timestep_spacing!r} is not leading, trailing or linspace")
-        self.prediction_type, self.clip_sample = prediction_type, clip_sample
-        self.steps_offset, self.set_alpha_to_one = steps_offset, set_alpha_to_one
-        self.timestep_spacing = timestep_spacing
+        self.prediction_type, self.clip_sample, self.steps_offset = prediction_type, clip_sample, steps_offset
+        self.set_alpha_to_one, self.timestep_spacing = set_alpha_to_one, timestep_spacing
         # Products of a thousand factors near 1: multiplied in float64, kept in float32, always on the CPU.
         self.beta, self.alpha = beta.float(), (1 - beta).float()
         self.alpha_bar = torch.cumprod(1 - beta, 0).float()        # (T,)
         self.snr = self.alpha_bar / (1 - self.alpha_bar)
+        if not (0 < self.alpha_bar[-1] <= self.alpha_bar[0] < 1 and (self.alpha_bar.diff() <= 0).all()):
+            raise ValueError(f"beta_start = {beta_start}, beta_end = {beta_end}: noise does not grow from 0 < beta < 1")
 
     @classmethod
     def from_config(cls, config):
@@ -383,7 +383,6 @@ def dpmpp(schedule, model, x, times, randn=None):
     def level(t):                                                  # alpha, sigma, lambda
         alpha, sigma = schedule.alpha_bar[t].item() ** 0.5, (1 - schedule.alpha_bar[t].item()) ** 0.5
         return alpha, sigma, math.log(alpha / sigma)
-
     last_x0 = last_h = None
     for t, t_prev in times:
         x0, _ = schedule.x0_and_eps(model(x, t).float(), x, t)

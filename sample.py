@@ -43,9 +43,11 @@ def parse_args():
     if args.like:
         try:
             p.set_defaults(**read_parameters(args.like))           # strings: argparse makes of them what flags take
-        except (OSError, KeyError, ValueError) as e:
+        except Exception as e:                                     # whatever a foreign file may hold
             p.error(f"--like {args.like}: not a picture with settings ({type(e).__name__} {e})")
         args = p.parse_intermixed_args()
+    for flag in (flag for flag, value in vars(args).items() if value == "" and flag != "negative"):
+        p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
     if args.sampler is None or not args.prompts:
         p.error(f"{args.like} has a sampler not known here: add --sampler" if args.prompts else "a PROMPT is required")
     return args
@@ -57,7 +59,7 @@ FIELDS = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Model": "m
 def write_parameters(args, k, size):
     """What Stable Diffusion tools keep in a PNG as `parameters`, of picture k: the prompts, then a line of settings."""
     given = vars(args) | {"seed": args.seed + k, "strength": args.init_image and args.strength}
-    fields = {name: given[flag] for name, flag in FIELDS.items() if given[flag] not in (None, False)}
+    fields = {name: v for name, flag in FIELDS.items() if (v := given[flag]) is not None and v is not False}
     fields |= {"Sampler": SAMPLER_NAMES[args.sampler], "Size": "{}x{}".format(*size)}
     settings = [name + ": " + (json.dumps(v) if set(str(v)) & set(',:"\n') else str(v)) for name, v in fields.items()]
     return f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\n{', '.join(settings)}"
@@ -67,7 +69,7 @@ def read_parameters(path):
     from PIL import Image
     words, _, settings = Image.open(path).info["parameters"].rpartition("\n")
     prompt, _, negative = words.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in words else (words, "", "")
-    field = dict(re.findall(r'([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?:, |$)', settings))
+    field = dict(re.findall(r'(?:^|, )([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?=, |$)', settings))
     field = {k.strip(): json.loads(v) if v[:1] == '"' else v for k, v in field.items()}
     if "Init image" not in field:                                  # with one, the size follows unless it was asked for
         field["Asked width"], _, field["Asked height"] = field["Size"].partition("x")
@@ -139,7 +141,7 @@ def read_json(path):
 def load_part(part, folder, dtype):
     """A sub-folder -> its module, with weights of dtype. Raises BadInput."""
     config, model = read_json(os.path.join(folder, "config.json")), CLASSES[part]
-    there = [name for name in weights_names(part) if os.path.exists(os.path.join(folder, name))]
+    there = [name for name in weights_names(part) if os.path.isfile(os.path.join(folder, name))]
     if not there:
         raise BadInput(f"{folder} holds no weights: none of {', '.join(weights_names(part))}")
     with blame(os.path.join(folder, there[0])):
@@ -157,7 +159,6 @@ def load_clip(source, device="cpu", part="clip"):
 
 def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS, prediction_type=None):
     """A folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt -> Pipeline, of some parts if asked.
-
     tokenizer: a folder or hub id to use instead of the model's own; single files have none. prediction_type: "epsilon"
     or "v_prediction", if the model's files do not tell. In float16 the VAE stays in float32: it would overflow on some
     pictures. Raises BadInput."""
@@ -194,7 +195,8 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
     if "text_encoder" in parts:
         with blame(f"--tokenizer {tokenizer or words}"):
             pipe.tokenizer, known = load_tokenizer(tokenizer or words), pipe.text_encoder.config["vocab_size"]
-            assert len(pipe.tokenizer) <= known, f"{len(pipe.tokenizer)} words, but the text encoder knows {known}"
+            most = 1 + max(pipe.tokenizer.get_vocab().values())
+            assert most <= known, f"{most} words, but the text encoder knows {known}"
         if (tokenizer or words) != path and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.pad_token = "!"                         # id 0: as Stable Diffusion 2 was trained
     takes, gives = (module.config if module else {} for module in (pipe.unet, pipe.text_encoder))
@@ -243,6 +245,7 @@ def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
         for part in parts:
             save_module(getattr(pipe, part), os.path.join(to, part), part)
         if "text_encoder" in parts:
+            tokenize(pipe.tokenizer, [""])                         # its file tells how it was last called: always so
             pipe.tokenizer.save_pretrained(os.path.join(to, "tokenizer"))
             pipe.tokenizer.backend_tokenizer.model.save(os.path.join(to, "tokenizer"))     # vocab.json and merges.txt
         if "unet" in parts:                                        # the schedule belongs to it
@@ -264,7 +267,9 @@ def decode(pipe, z, tile=False):
     """Scaled latents (B, 4, h, w) -> list of B PIL pictures, a few at a time: decoding is where memory peaks."""
     dtype, few = next(pipe.vae.parameters()).dtype, max(1, 64 * 64 // z[0, 0].numel())
     draw = pipe.vae.decode_tiles if tile else pipe.vae.decode
-    drawn = (draw((part / pipe.vae.scaling_factor).to(dtype)) for part in z.split(few))
+    drawn = [draw((part / pipe.vae.scaling_factor).to(dtype)) for part in z.split(few)]
+    if not all(x.isfinite().all() for x in drawn):
+        raise BadInput("the model has drawn numbers that are none (nan): try --dtype float32, or other weights")
     return [picture for x in drawn for picture in tensor_to_pictures(x)]
 
 def encode_picture(pipe, x, generators):
@@ -277,7 +282,6 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
              height=None, width=None, init_image=None, strength=0.8, mask_image=None, latents=None, progress=True,
              frames=None, tile=False, last=False):
     """Draw num_images pictures for a prompt (str), or for each of several (list of str) -> list of PIL pictures.
-
     Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
     device. height, width: in pixels; by default as the model was trained, or as the init image. init_image (PIL): start
     from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black is kept. latents
@@ -345,10 +349,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         model = pin(schedule, model, known, mask) if paste else model
         for z, x0 in SAMPLERS[sampler](schedule, model, z, times, randn=randn):
             bar.update()
-            if frames is not None and first == 0:
-                frames.append(x0)
-        if not z.isfinite().all():
-            raise BadInput("the model has drawn numbers that are none (nan): try --dtype float32, or other weights")
+            frames is not None and first == 0 and frames.append(x0)
         drawn.append(z)
     model = pipe.unet = None if last else pipe.unet
     pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
@@ -377,10 +378,9 @@ def main(args):
         assert ext.lower() != ".gif" and os.access(folder or ".", os.W_OK | os.X_OK) and not os.path.isdir(args.output)
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
     args.compile and pipe.unet.compile()
-    frames = []                                                    # what each step foresaw of the first few pictures
     pictures = generate(pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
-                        args.num_images, args.height, args.width, init, args.strength, mask, frames=frames,
-                        tile=args.tile, last=True)
+                        args.num_images, args.height, args.width, init, args.strength, mask, tile=args.tile, last=True,
+                        frames=(frames := []))                     # what each step foresaw of the first few pictures
     names = [name, *(f"{stem}-{k}{ext}" for k in range(len(pictures)) if len(pictures) > 1)]
     gif = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, z, args.tile)]) for z in frames if args.gif]
     with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".writing-") as to:

@@ -342,14 +342,11 @@ class UNet(nn.Module):
 # ---- Published weights: from a file into this model or those before it, and onto a device ----------------------------
 def read_weights(path, dtype_of):
     """A file -> {name: tensor}, each made ready before the next is read: memory never holds the weights twice.
-
     dtype_of(name): a torch.dtype, or None to leave the tensor out. A pickle (.ckpt, .bin) may ask Python to call any
     function at all: weights_only refuses what tensors do not need. One name is let through, to an empty class, because
     Lightning leaves it in its files. Convolutions like a pixel's channels side by side: channels_last."""
     if path.endswith(".safetensors"):
-        def read(name):                                            # opened anew for each: what was read is let go
-            return safe_open(path, "pt").get_tensor(name)
-        names = safe_open(path, "pt").keys()
+        names, read = safe_open(path, "pt").keys(), lambda name: safe_open(path, "pt").get_tensor(name)    # not held
     else:
         lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
         try:
@@ -365,6 +362,9 @@ def read_weights(path, dtype_of):
             raise ValueError("not a file of weights")
         state = state.get("state_dict", state)
         read, names = state.pop, [k for k, x in state.items() if torch.is_tensor(x)]
+        for x in map(state.get, names):                            # one number, repeated, may fill any memory
+            if x.layout != torch.strided or x.is_meta or x.untyped_storage().nbytes() < x.nbytes:
+                raise ValueError("a file of tensors that are not simply all their numbers")
     return {name: x.to(dtype_of(name), memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
             for name in names if dtype_of(name) for x in [read(name)]}
 

@@ -368,8 +368,7 @@ def as_pictures(pixels, device):
 
 def psnr(vae, x):
     """How well x (B, 3, H, W) in [-1, 1] survives the way through the latents: peak signal-to-noise ratio in dB.
-    10 log10(peak^2 / mean squared error), a mean over pictures, with peak = 2, the width of [-1, 1]. At 30 dB the loss
-    is hard to see, at 20 dB it is plain."""
+    10 log10(peak^2 / mean squared error), peak = 2, a mean over pictures. 30 dB: hard to see; 20 dB: plain."""
     redrawn = torch.cat([vae.decode(vae.encode(part).mode()).clamp(-1, 1) for part in x.split(8)])
     mse = (redrawn - x).pow(2).mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / mse)).mean().item()
@@ -389,7 +388,8 @@ def supported(config, model, only):
             kept[key] = tuple(value) if isinstance(value, list) else value
             kinds = {int: (int,), float: (int, float)}.get(type(arguments[key].default))
             values = value if isinstance(value, list) and key in ("attention_head_dim", "sample_size") else [value]
-            if kinds and not all(type(v) in kinds and 0 < v <= (64 if "layers" in key else 2 ** 16) for v in values):
+            limit = 64 if "layers" in key else 512 if key == "sample_size" else 2 ** 16
+            if kinds and not all(type(v) in kinds and 0 < v <= limit for v in values):
                 raise ValueError(f"config.json: {key} = {value!r} is not above 0, or beyond reason")
         elif key in only:
             values = value if isinstance(value, (list, tuple)) else [value]
