@@ -104,6 +104,7 @@ def blame(what):
 
 def run(main, args):
     """main(args) as a command: what goes wrong is told in one line; status 2 if the input is at fault, else 1."""
+    warnings.formatwarning = lambda message, *_: f"{os.path.basename(sys.argv[0])}: {message}\n"
     try:
         return main(args)
     except (BadInput, OSError, ArithmeticError) as e:
@@ -230,7 +231,7 @@ def all_at_once(folder):
 def save_json(path, value):
     """value as JSON at path, whose folder is made if it is missing."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    pathlib.Path(path).write_text(json.dumps(value, indent=2), encoding="utf-8")
+    pathlib.Path(path).write_text(json.dumps(value, indent=2, allow_nan=False), encoding="utf-8")
 
 def save_module(module, folder, part):
     """config.json and the weights of a part, as diffusers and transformers read them."""
@@ -365,7 +366,6 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
 # ---- The command line ------------------------------------------------------------------------------------------------
 def main(args):
     """Draw what the command line (parse_args) asks for, and say where the pictures are."""
-    warnings.formatwarning = lambda message, *_: f"sample.py: {message}\n"
     with blame("--device"):
         device, dtype = pick_device(args.device, args.dtype)
     with blame("--init-image"):

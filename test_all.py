@@ -754,6 +754,15 @@ def test_a_single_file_that_does_not_fit_is_named(singles, tmp_path, spoil, word
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("tensor", [
+    lambda: torch.zeros(1).expand(10 ** 5, 10 ** 5, 1, 1), lambda: torch.ones(3, 4, device="meta"), lambda: torch.eye(3).to_sparse()])
+def test_tensors_that_do_not_hold_all_their_numbers_are_refused(tmp_path, tensor):
+    """The first would fill 40 GB of memory from a file of a kilobyte."""
+    torch.save({"model.diffusion_model.conv": tensor()}, tmp_path / "small.ckpt")
+    with pytest.raises(BadInput, match="small.ckpt: .*tensors"):
+        load_pipeline(str(tmp_path / "small.ckpt"))
+
+
 class Hostile:
     """Unpickled by an unwary reader, it leaves a file behind."""
 
@@ -1545,7 +1554,7 @@ def test_a_picture_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, 
     assert (tmp_path / "x.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["x.png"]
 
 
-@pytest.mark.parametrize("flags", [["--seed", 5], ["--stage", "unet"], ["--init", "other"], ["--stage", "vae", "--resume"],
+@pytest.mark.parametrize("flags", [["--seed", 5], ["--stage", "unet"], ["--init", "other"],
                                    ["--stage", "unet", "--text-encoder", "other/text_encoder"]])
 def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, trained, tmp_path, monkeypatch, command, flags):
     """Wherever the power is cut while the old model is set aside, one folder holds it all; OUT is never a mixture."""
@@ -1565,8 +1574,6 @@ def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, 
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         shutil.copytree(trained / "out", tmp_path / "out")
         (tmp_path / "out/a user's own").mkdir()
-        if "--resume" in flags:                                    # with nothing to go on from: a new run
-            shutil.rmtree(tmp_path / "out/train_state")
         with pytest.MonkeyPatch.context() as patch:
             real = train.set_aside
 
@@ -1590,6 +1597,61 @@ def test_a_new_run_keeps_the_old_model_whole_and_never_stands_half_in_it(saved, 
             break
     assert found[0] and not found[-1] and is_old(tmp_path / "out/previous-1") and not is_old(tmp_path / "out")
     assert (tmp_path / "out/a user's own").exists() and not (tmp_path / "out/previous-1/a user's own").exists()
+
+
+def test_resume_never_takes_another_runs_model_away(saved, trained, tmp_path, command):
+    """A forgotten --init, or a model without its train_state: refused. An empty OUT: there is nothing to lose."""
+    for name in ("tuned", "bare"):
+        shutil.copytree(trained / "out", tmp_path / name)
+    assert command("train.py", "--init", saved, *TINY_RUN, "--steps", 1, "--out", "tuned")[0] == 0
+    shutil.rmtree(tmp_path / "bare/train_state")
+    for name in ("tuned", "bare"):
+        before = {p: p.read_bytes() for p in (tmp_path / name).rglob("*") if p.suffix in (".safetensors", ".json", ".pt")}
+        status, _, err = command("train.py", *TINY_RUN, "--out", name, "--resume")
+        assert status == 2 and f"--resume: {name}/" in err.splitlines()[-1] and "--init" in err, err
+        assert before == {p: p.read_bytes() for p in before} and not (tmp_path / name / "previous-2").exists()
+    assert command("train.py", *TINY_RUN, "--stage", "vae", "--out", "fresh", "--resume")[0] == 0
+
+
+def test_a_new_run_takes_links_away_not_what_they_lead_to(trained, tmp_path, command, monkeypatch):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    (tmp_path / "out/unet").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/unet").symlink_to(tmp_path / "elsewhere")
+    before = sorted(os.listdir(tmp_path / "elsewhere"))
+    monkeypatch.setattr(train, "train_vae", lambda *_: None)
+    assert command("train.py", *TINY_RUN, "--stage", "vae")[0] == 0
+    assert sorted(os.listdir(tmp_path / "elsewhere")) == before and not os.path.lexists(tmp_path / "out/unet")
+    load_pipeline(str(tmp_path / "out/previous-1"))
+
+
+def test_settling_follows_no_link(saved, tmp_path):
+    """A foreign model cannot move files out of other folders, nor into them, by the links that it contains."""
+    for name in ("theirs", "m"):
+        shutil.copytree(saved, tmp_path / name)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("hello")
+    (tmp_path / "theirs/.written").symlink_to(tmp_path / "mine")
+    load_pipeline(str(tmp_path / "theirs"))
+    (tmp_path / "m/.written/notes/deep").mkdir(parents=True)
+    (tmp_path / "m/.written/notes/thesis.txt").write_text("theirs")
+    (tmp_path / "m/.written/notes/deep/thesis.txt").write_text("theirs")
+    (tmp_path / "m/notes").symlink_to(tmp_path / "mine")
+    load_pipeline(str(tmp_path / "m"))
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"] and (tmp_path / "mine/thesis.txt").read_text() == "hello"
+    assert (tmp_path / "m/notes/deep/thesis.txt").read_text() == "theirs" and not (tmp_path / "m/.written").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "m")                 # to the model itself, a link may lead
+    save_pipeline(load_pipeline(str(tmp_path / "link")), str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and not (tmp_path / "m/.written").exists()
+
+
+def test_numbers_that_are_none_reach_no_config(tmp_path):
+    pipe = make_pipeline()
+    save_pipeline(pipe, str(tmp_path / "m"))
+    before = (tmp_path / "m/vae/config.json").read_text()
+    pipe.vae.scaling_factor = float("nan")
+    with pytest.raises(OSError, match="nan.*unharmed"):
+        save_pipeline(pipe, str(tmp_path / "m"))
+    assert (tmp_path / "m/vae/config.json").read_text() == before
 
 
 def test_a_finished_run_that_lost_its_unet_writes_it_again(trained, tmp_path, command):
@@ -1720,6 +1782,10 @@ def load_untrained(pipe):
 def test_a_model_that_draws_no_numbers_is_told(saved):
     pipe = load_pipeline(saved)
     torch.nn.init.constant_(pipe.unet.conv_out.bias, float("nan"))
+    with pytest.raises(BadInput, match="nan.*float32"):
+        generate(pipe, "fog", steps=2, progress=False)
+    pipe = load_pipeline(saved)
+    torch.nn.init.constant_(pipe.vae.decoder.conv_out.bias, float("inf"))
     with pytest.raises(BadInput, match="nan.*float32"):
         generate(pipe, "fog", steps=2, progress=False)
 
@@ -1922,6 +1988,18 @@ def spoiled(saved, folder):
     copy("huge", "unet/config.json", json.dumps(dict(SMALL_UNET, layers_per_block=10 ** 9)))
     copy("foreign", weights["vae"], data=whole)
     copy("schedule", "scheduler/scheduler_config.json", '{"beta_start": 2}')
+    copy("drowned", "scheduler/scheduler_config.json", '{"num_train_timesteps": 1000000}')
+    copy("noiseless", "scheduler/scheduler_config.json", '{"beta_start": 1e-30, "beta_end": 1e-29}')
+    copy("offset", "scheduler/scheduler_config.json", '{"steps_offset": 1.5}')
+    copy("vast", "unet/config.json", json.dumps(dict(SMALL_UNET, sample_size=8192)))
+    text = json.loads((folder / "vast/text_encoder/config.json").read_text())
+    copy("heads", "text_encoder/config.json", json.dumps(dict(text, num_attention_heads=1.0)))
+    words = json.loads((folder / "vast/tokenizer/vocab.json").read_text())
+    copy("far-word", "tokenizer/vocab.json", json.dumps(words | {"a": 777_777}))
+    (folder / "far-word/tokenizer/tokenizer.json").unlink()
+    from tokenizers import Tokenizer, models
+    copy("unknown-words", "tokenizer/vocab.json")
+    Tokenizer(models.WordLevel({"a": 0})).save(str(folder / "unknown-words/tokenizer/tokenizer.json"))
     (folder / "empty").mkdir()
     (folder / "random.ckpt").write_bytes(np.random.default_rng(0).bytes(5000))
     (folder / "random.safetensors").write_bytes(np.random.default_rng(1).bytes(5000))
@@ -1931,6 +2009,7 @@ def spoiled(saved, folder):
     Image.new("RGB", (16, 16)).save(folder / "red.png")
     Image.new("RGB", (64, 16)).save(folder / "wide.png")
     (folder / "words.txt").write_text("words")
+    Image.new("1", (30_000, 30_000)).save(folder / "bomb.png")
 
 
 BAD_FLAGS = [(script, flag, value) for script, flags in {
@@ -1943,15 +2022,18 @@ BAD_FLAGS = [(script, flag, value) for script, flags in {
                   "--num-images": "0 -1 x 1e9", "--height": "0 -8 1 99999999 x", "--width": "0 -8 99999 x", "--sampler": "euler",
                   "--device": "tpu cuda mps", "--dtype": "int8", "--prediction-type": "x0", "--init-image": "nowhere.png words.txt empty",
                   "--mask": "red.png nowhere.png", "--output": "nowhere/x.png x.what empty x.gif noending x.blp x.bufr", "--tokenizer": "nowhere empty",
-                  "--like": "nowhere.png red.png words.txt", "--what": "1",
+                  "--like": "nowhere.png red.png words.txt bomb.png", "--what": "1",
                   "--model": "nowhere no/such/hub/id empty no-unet no-text no-tokenizer no-weights no-config cut cut-head "
-                             "empty-weights wrong-size no-json list huge foreign schedule random.ckpt random.safetensors "
+                             "empty-weights wrong-size no-json list huge foreign schedule drowned noiseless offset vast heads far-word "
+                             "unknown-words random.ckpt random.safetensors "
                              "foreign.safetensors text.ckpt list.ckpt red.png"}}.items()
     for flag, values in flags.items() for value in values.split()]
 BAD_TOGETHER = [("sample.py", []), ("sample.py", ["x", "--mask", "red.png"]), ("train.py", ["prompt"]),
                 ("sample.py", ["x", "--init-image", "red.png", "--mask", "wide.png"]), ("train.py", ["--stage", "unet"]),
                 ("train.py", ["--stage", "eval"]), ("train.py", ["--stage", "clip", "--text-encoder", "SAVED"]),
-                ("train.py", ["--batch-size", "6", "--grad-accum", "4"]), ("train.py", ["--init", "SAVED", "--image-size", "40"])]
+                ("train.py", ["--batch-size", "6", "--grad-accum", "4"]), ("train.py", ["--out", ""]), ("train.py", ["--init", ""]),
+                ("train.py", ["--init", "SAVED", "--out", "SAVED"]), ("train.py", ["--stage", "clip", "--init", "SAVED"]),
+                *(("sample.py", ["x", flag, ""]) for flag in ("--init-image", "--mask", "--tokenizer", "--like", "--model", "--output")), ("train.py", ["--init", "SAVED", "--image-size", "40"])]
 
 
 def test_bad_commands_end_in_one_line_and_write_nothing(saved, tmp_path, command):
@@ -2010,6 +2092,13 @@ def test_settings_read_back_whatever_they_contain(tmp_path, monkeypatch, model):
     again = sample.read_parameters(tmp_path / "x.png")
     assert again["model"] == again["init_image"] == again["tokenizer"] == model
     assert (again["prompts"], again["seed"], again["steps"]) == (["a house"], "3", "25")
+
+
+def test_settings_of_zero_read_back(saved, tmp_path, command):
+    assert command("sample.py", "a", "--model", saved, "--steps", 1, "--guidance", 0)[0] == 0
+    assert ", CFG scale: 0.0, Seed: 0, " in Image.open(tmp_path / "out.png").info["parameters"]
+    assert command("sample.py", "--like", "out.png", "--output", "b.png")[0] == 0
+    assert Image.open(tmp_path / "b.png").info["parameters"] == Image.open(tmp_path / "out.png").info["parameters"]
 
 
 def test_bytes_that_are_no_characters_become_question_marks(saved, tmp_path):

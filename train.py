@@ -50,7 +50,10 @@ def parse_args():
         if type(value) in (int, float) and (not least <= value <= most or flag == "image_size" and value % 16):
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'above' if least else 'at least'} 0, "
                     f"at most {most:g}{', a multiple of 16' * (flag == 'image_size')}")
-    args.stage == "clip" and args.text_encoder != "scratch" and p.error("--stage clip: --text-encoder is one already")
+        value == "" and p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
+    args.init and os.path.realpath(args.init) == os.path.realpath(args.out) and p.error("--out must not be --init")
+    if args.stage == "clip" and (args.init or args.text_encoder != "scratch"):
+        p.error("--stage clip trains one from nothing: leave out --init and --text-encoder")
     return args
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
 import numpy as np
@@ -202,8 +205,9 @@ class ImageFolder:
     text); the text beside it (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val",
     not "train". What cannot be used is told once. BadInput if nothing can; ValueError from [i] if it is broken."""
     def __init__(self, root, image_size=64, split="train", out=""):
-        drawn = [os.path.abspath(f"{out}/{name}") for name in ("", "samples") if out]      # training's own pictures
-        files = sorted(os.path.relpath(os.path.join(folder, name), root) for folder, _, names in os.walk(root)
+        drawn, lost = [os.path.abspath(f"{out}/{name}") for name in ("", "samples") if out], []     # training's own
+        files = sorted(os.path.relpath(os.path.join(folder, name), root)
+                       for folder, _, names in os.walk(root, onerror=lambda e: lost.append(e.filename))
                        if os.path.abspath(folder) not in drawn for name in names if name[0] != "."
                        and Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in Image.OPEN)
         def readable(path):
@@ -212,18 +216,18 @@ class ImageFolder:
         paths = [p for k, p in enumerate(files) if k >= 10_000 or readable(p)]      # the rest shows when its turn comes
         self.paths = [p for k, p in enumerate(paths) if len(paths) < 20 or (k % 20 == 10) == (split == "val")]
         self.root, self.image_size, rows = root, image_size, []
-        for path in filter(os.path.exists, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
+        for path in filter(os.path.isfile, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
             with blame(f"{path}: each line has file_name and text"), open(path, encoding="utf-8-sig", newline="") as f:
                 lines = csv.DictReader(f) if path.endswith("csv") else map(json.loads, filter(str.strip, f))
                 rows += [(os.path.normpath(line["file_name"]), plain(str(line["text"] or ""))) for line in lines]
         self.table, names = dict(rows), [name for name, _ in rows]
         twice = {name for name, following in itertools.pairwise(sorted(names)) if name == following}
-        for what, odd in (("unreadable, left out", {*files} - {*paths}),
+        for what, odd in (("unreadable, left out", {*files, *lost} - {*paths, root}),
                           ("in metadata, but not in the folder, or twice", {*names} - {*files} | twice)):
             if odd and split == "train" and RANK == 0:
-                print(f"train.py: --data {root}: {len(odd)} {what}: {', '.join(sorted(odd)[:20])}", file=sys.stderr)
+                print(f"train.py: --data {root}: {len(odd)} {what}: {sorted(odd)[:20]}", file=sys.stderr)
         if not self.paths:
-            raise BadInput(f"--data {root}: no such folder, or no readable picture in it (.png, .jpg, .webp, ...)")
+            raise BadInput(f"--data {root}: no such folder, or no readable picture in it (.png, ...), nor in --out")
     def __len__(self):
         return len(self.paths)
     def caption(self, i):
@@ -282,12 +286,14 @@ def open_data(args, split):
     data.pixels[[0]]                                               # is there any that can be read?
     return data
 
-def set_aside(out, stages):
+def set_aside(out, stages, resume):
     """Copy the model in OUT whole to OUT/previous-K, then take away what the stages train anew, and the U-Net, which
-    relies on it: nothing is lost, and no old part ever stands beside a new one."""
+    relies on it: nothing is lost, no old part ever stands beside a new one. BadInput if asked to `resume` it."""
     names = ("unet scheduler model_index.json train_state/unet.pt" + " vae train_state/vae.pt" * ("vae" in stages)
              + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in stages)).split()
     old = [path for path in (f"{out}/{name}" for name in names) if os.path.exists(path)]
+    if old and resume:
+        raise BadInput(f"--resume: {out}/ holds the model of another run: repeat its --stage and --init")
     if old:
         to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
         model = {*PARTS, "tokenizer", "scheduler", "model_index.json", "train_state"}       # not what else lies there
@@ -296,13 +302,13 @@ def set_aside(out, stages):
         os.rename(f"{out}/.copy", to)
         print(f"train.py: {out}/ holds an earlier run, of which {to}/ is a copy", file=sys.stderr)
     for path in old:
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+        os.remove(path) if os.path.isfile(path) or os.path.islink(path) else shutil.rmtree(path)
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
-    """Train model for the stage's steps. loss_of(model, pixels, indices, generators) -> (loss, {name: number}): pixels
-    are prepared by worker processes; chance is from the generators, one for each picture. show(average, step): draw,
-    for a person to judge. keep(average): hand the averaged model on -> write(folder), which saves it."""
+    """Train model for the stage's steps. loss_of(model, pixels, indices, generators) -> (loss, {name: number}): worker
+    processes prepare the pixels; each picture has its generator. show(average, step): draw, for a person to judge.
+    keep(average): hand the averaged model on -> write(folder), which saves it."""
     (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
     steps = max(1, (args.steps or unet_steps) * steps // unet_steps) if args.stage == "all" else args.steps or steps
     batch_size, peak = args.batch_size or batch_size, args.lr or (1e-5 if args.init else peak)     # --init: gently
@@ -349,10 +355,8 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         if RANK == 0 and (done % args.sample_every == 0 or last):
             show(learner.average, done)
             plot(rows, f"{args.out}/loss-{stage}.png")
-        if done % args.save_every == 0 or last:
-            save()
-        if stopping and done < steps:
-            sys.exit(f"train.py: {stage} stopped after step {done} of {steps}; with --resume it goes on")
+        (done % args.save_every == 0 or last) and save()
+        stopping and done < steps and sys.exit(f"train.py: {stage} stopped at step {done} of {steps}; --resume goes on")
     start < steps or save()                                        # resumed at the end: nothing was left to train
 
 def plot(rows, path, W=640, H=360):
@@ -424,11 +428,9 @@ def train_unet(pipe, data, val, args):
     def show(unet, step):
         pictures = generate(dataclasses.replace(pipe, unet=unet), prompts, steps=15, guidance=4.0, progress=False)
         grid(pictures, 8, 128).save(f"{args.out}/samples/unet-{step:06d}.png")
-    changed = list(PARTS)
     def keep(unet):
         pipe.unet = unet
-        parts, changed[:] = changed[:], ["unet"]                   # the frozen parts need not be written again
-        return lambda to: save_pipeline(pipe, to, parts, contextlib.nullcontext)
+        return lambda to: save_pipeline(pipe, to, into=contextlib.nullcontext)
     fit("unet", unet, args, data, loss_of, show, keep)
 
 @torch.no_grad()
@@ -477,23 +479,21 @@ def main(args):
     for batch in (args.batch_size or PRESETS[args.preset][stage][1] for stage in todo if stage != "eval"):
         if batch % (args.grad_accum * WORLD):
             raise BadInput(f"--batch-size {batch} is no multiple of --grad-accum {args.grad_accum} x {WORLD} processes")
-    data = open_data(args, "train")
-    val = data                                                     # fewer than 20 serve as both, also where those for
-    with contextlib.suppress(BadInput):                            # "val" cannot be read
+    data = val = open_data(args, "train")                          # fewer than 20 serve as both
+    with contextlib.suppress(BadInput):                            # or where none for "val" can be read
         val = open_data(args, "val") if len(data) > 18 else data
     free = "stage out resume save_every sample_every workers device compile grad_checkpoint steps".split()
     args.settings = {flag: str(value).removeprefix("torch.") for flag, value in vars(args).items() if flag not in free}
     args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures"         # all of them change weights
-    args.resume = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")    # else there is nothing yet
+    begun = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")          # else there is nothing yet
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
-    args.resume or todo == ["eval"] or RANK or set_aside(
-        args.out, [*todo, *["vae", "clip"] * bool(args.init), *["clip"] * (args.text_encoder != "scratch")])
+    begun or todo == ["eval"] or RANK or set_aside(args.out, [
+        *todo, *["vae", "clip"] * bool(args.init), *["clip"] * (args.text_encoder != "scratch")], args.resume)
     RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
           f"{str(args.dtype)[6:]}; the model goes to {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     WORLD > 1 and torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
