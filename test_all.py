@@ -1991,7 +1991,7 @@ def spoiled(saved, folder):
     copy("drowned", "scheduler/scheduler_config.json", '{"num_train_timesteps": 1000000}')
     copy("noiseless", "scheduler/scheduler_config.json", '{"beta_start": 1e-30, "beta_end": 1e-29}')
     copy("offset", "scheduler/scheduler_config.json", '{"steps_offset": 1.5}')
-    copy("vast", "unet/config.json", json.dumps(dict(SMALL_UNET, sample_size=8192)))
+    copy("vast", "unet/config.json", json.dumps(dict(SMALL_UNET, sample_size=1024)))
     text = json.loads((folder / "vast/text_encoder/config.json").read_text())
     copy("heads", "text_encoder/config.json", json.dumps(dict(text, num_attention_heads=1.0)))
     words = json.loads((folder / "vast/tokenizer/vocab.json").read_text())
