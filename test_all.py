@@ -35,7 +35,7 @@ from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
 from unet import UNet
-from vae import VAE, DiagonalGaussian, picture_to_tensor, psnr, vae_loss
+from vae import VAE, Conv, DiagonalGaussian, attend, picture_to_tensor, psnr, vae_loss
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 torch.manual_seed(0)
@@ -109,6 +109,37 @@ def test_text_encoder_has_the_published_names_and_shapes(config):
     theirs = {name if name.startswith("text_model.") else "text_model." + name: s for name, s in shapes(theirs).items()}
     assert shapes(ours) == theirs
     assert config is not TEXT_15 or len(theirs) == 196
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 3, 5), (2, 96, 4, 4), (1, 7, 1, 1), (3, 32, 2, 8)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_of_few_pixels_is_the_same_as_of_many(monkeypatch, shape, layout):
+    """As a matrix product, which only inference takes, and as PyTorch's own."""
+    torch.manual_seed(0)
+    conv = Conv(shape[1], 200, 3, padding=1).to(memory_format=layout)
+    x, calls = torch.randn(shape).to(memory_format=layout), []
+    expected = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=1)
+    real = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args, **rest: calls.append(1) or real(*args, **rest))
+    with torch.no_grad():
+        assert torch.allclose(conv(x), expected, atol=1e-5) and not calls
+        conv(torch.randn(1, shape[1], 11, 11))                     # more than half as many pixels as channels
+    assert torch.allclose(conv(x), expected, atol=1e-5) and len(calls) == 2
+
+
+@pytest.mark.parametrize("N, M", [(1, 5), (64, 32), (128, 128), (129, 128), (600, 600)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_papers_formula_in_every_way_it_is_computed(N, M, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16, dtype=torch.float64) for n in (N, M, M))
+    expected = torch.einsum("bhnm,bhmd->bhnd", (torch.einsum("bhnd,bhmd->bhnm", q, k) / 4).softmax(-1), v)
+    for gradient in (False, True):
+        given = [x.to(dtype).requires_grad_(gradient) for x in (q, k, v)]
+        result = attend(*given)
+        assert (result - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.04)
+        if gradient:
+            result.float().square().sum().backward()
+            assert all(x.grad.isfinite().all() and x.grad.any() for x in given)
 
 
 @pytest.mark.parametrize("model, config, key", [
