@@ -289,7 +289,7 @@ class VisionEmbeddings(nn.Module):
     """x (B, 3, S, S) -> (B, 1 + (S/p)^2, D): patches of p x p pixels as words, after one word for the whole picture."""
     def __init__(self, width, image_size, patch_size):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.class_embedding = nn.Parameter(nn.init.normal_(torch.empty(width), std=0.02))
         self.patch_embedding = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.position_embedding = nn.Embedding((image_size // patch_size) ** 2 + 1, width)
         nn.init.normal_(self.position_embedding.weight, std=0.02)

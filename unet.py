@@ -24,7 +24,7 @@ Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time);
 Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
 Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py.
 """
-import math, os, pickle, re
+import math, os, pickle, re, unittest.mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ class AttentionPooling(nn.Module):
     def __init__(self, channels, heads):
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(1, channels) / channels ** 0.5)
+        self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, channels), std=channels ** -0.5))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
 
     def forward(self, x):
@@ -72,7 +72,6 @@ class AttentionPooling(nn.Module):
 
 class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
-
     Cross-attention lets each pixel pick its words, but must first learn which pixel needs which word. A vector that
     reaches every residual block says at once "night, dunes" and gets a small model to follow its prompt far sooner."""
     def __init__(self, channels, temb_channels, heads):
@@ -371,7 +370,8 @@ def read_weights(path, dtype_of):
 def assemble(model, config, state, strays=False):
     """A class, its published config and weights (dicts) -> the module, in eval mode. ValueError names a misfit.
     strays: pass over tensors without a place in it, beside position_ids, a table of 0, 1, 2, ..."""
-    with torch.device("meta"):                                     # the shapes without the memory
+    # The shapes without the memory, nor the random numbers: asked for there, they import a compiler, for 1.1 seconds.
+    with torch.device("meta"), unittest.mock.patch.object(nn.init, "normal_", lambda x, *_, **__: x):
         module = model.from_config(config)
     wanted = {k: tuple(x.shape) for k, x in module.state_dict().items()}
     state = {k: x for k, x in state.items() if k in wanted or not strays and not k.endswith("position_ids")}
