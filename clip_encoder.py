@@ -102,8 +102,8 @@ def find(model, parts=()):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError("no such file, folder or hub id; `python train.py` (--stage vae, clip, unet) makes a model")
     from huggingface_hub import model_info, snapshot_download
-    old, why = next((old for old in MOVED if model.startswith(old)), ""), None
-    moved = MOVED.get(old, "") + model[len(old):]
+    old = next((prefix for prefix in MOVED if model.startswith(prefix)), None)
+    moved, why = MOVED[old] + model[len(old):] if old else model, None              # why: the first error, told at last
     old and print(f"{model} is no longer on the hub; taking its copy {moved}", file=sys.stderr)
     for name in dict.fromkeys((moved, model)):                     # a cache may have it under its old name
         try:

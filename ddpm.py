@@ -22,7 +22,8 @@ decided, and draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
-(cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" there is no noise, alpha_bar = 1.
+(cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" alpha_bar = 1, no noise
+(published DDIM stops at alpha_bar_0 instead, a trace of noise short of it: set_alpha_to_one = False).
 Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
 Read next: unet.py.
 """
@@ -130,7 +131,7 @@ class NoiseSchedule:
     def timesteps(self, steps, sampler="ddim", strength=1.0):
         """Which of the T times to visit, as published samplers space them: [(t, t_prev), ...] with falling ints t.
 
-        leading    0, k, 2k, ... + steps_offset, backwards: never starts at pure noise
+        leading    0, k, 2k, ... + steps_offset, backwards: starts short of pure noise
         trailing   T - 1, T - 1 - k, ...
         linspace   evenly from T - 1 to 0
         A file that names no spacing means leading, and for DPM-Solver++ linspace. t_prev < 0 is the noiseless end.
@@ -147,8 +148,8 @@ class NoiseSchedule:
         else:
             times = (self.T - np.arange(steps) * (self.T / steps)).round() - 1
         times = sorted({int(t) for t in times.clip(0, self.T - 1)}, reverse=True)
-        if sampler == "ddim":                                      # published DDIM steps by a fixed stride, which can
-            pairs = [(t, t - self.T // steps) for t in times]      # miss the next entry of the list by one or two
+        if sampler == "ddim":                                      # published DDIM steps by a fixed stride, wherever
+            pairs = [(t, t - self.T // steps) for t in times]      # the next entry of the list is
         else:
             pairs = list(zip(times, times[1:] + [-1]))
         return pairs[-max(int(len(pairs) * strength), 1):]
@@ -209,7 +210,7 @@ def chances(seed, places):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then a step of the same size in every direction that the gradient points in.
 
-    A layer's gradient is a matrix with few large singular values, which AdamW's entry by entry steps repeat. Muon sets
+    A layer's gradient is a matrix with few large singular values, and AdamW's steps, entry by entry, too. Muon sets
     all of them to about 1, so that rare directions learn as fast as common ones. The VAE's first 90 seconds on two
     cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone."""
     def __init__(self, params, lr=1e-3, momentum=0.95):
@@ -221,10 +222,10 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in (p for p in group["params"] if p.grad is not None):
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - group["momentum"])
-                X = p.grad.lerp(mean, group["momentum"]).flatten(1)
+                X = p.grad.lerp(mean, group["momentum"]).flatten(1)                # Nesterov: one gradient ahead
                 turned, X = X.size(0) > X.size(1), X / (X.norm() + 1e-7)           # singular values s in [0, 1]
                 X = X.T if turned else X
-                # Newton-Schulz: five times s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5, by way of the small matrix X X^T.
+                # Newton-Schulz: five rounds of X <- M X take each s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Q: all M.
                 A, Q = X @ X.T, torch.eye(len(X), device=X.device)
                 for _ in range(5):
                     M = 3.4445 * torch.eye(len(X), device=X.device) - 4.7750 * A + 2.0315 * A @ A
@@ -240,9 +241,9 @@ def learning_rate(step, steps, peak):
 class Learner:
     """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.
 
-    Muon takes the matrices inside; AdamW the gains and biases, which have no directions to even out, the embeddings of
-    words, places and times, and the first and last layer, which touch pixels. `average` follows the weights over the
-    last 200 steps or so, fewer at first: the jitter of single steps cancels out, and what is drawn with it is better.
+    Muon takes the matrices inside; AdamW the rest: gains and biases, which have no directions to even out, embeddings,
+    first and last layers. `average` is the weights' moving average (EMA), in a long run over the last 200 steps, fewer
+    at first: the jitter of single steps cancels out, and what is drawn with it is better.
     float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
     loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
     def __init__(self, model, loss_of, dtype=torch.float32, settings=(), name="learning"):
@@ -255,9 +256,9 @@ class Learner:
             [p for name, p in model.named_parameters() if name not in inner], weight_decay=0.0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
         self.parts = {name: getattr(self, name) for name in ("model", "average", "muon", "adamw", "scaler")}
-        loss = torch.nn.Module()                                   # the loss as a module: DistributedDataParallel wraps
-        loss.model, loss.forward = model, lambda *batch: loss_of(model, *batch)     # it, and gradients become the mean
-        self.loss = loss if WORLD == 1 else DistributedDataParallel(loss)           # over all processes
+        loss = torch.nn.Module()                                   # its forward is the loss: DistributedDataParallel
+        loss.model, loss.forward = model, lambda *batch: loss_of(model, *batch)     # wraps modules, and makes of all
+        self.loss = loss if WORLD == 1 else DistributedDataParallel(loss)           # processes' gradients their mean
 
     def state_dict(self):
         return dict(settings=self.settings, rows=self.rows, step=self.done,
@@ -308,9 +309,9 @@ class Learner:
 def guide(cond, uncond, w):
     """Classifier-free guidance, w * (cond - uncond) + uncond (Ho & Salimans 2022, Eq. 6, their weight being w - 1).
 
-    w = 0 ignores the prompt, w = 1 is the plain conditional model, w > 1 exaggerates what the prompt changes. It stands
+    w = 0 leaves the prompt out, w = 1 is the plain conditional model, w > 1 exaggerates what a prompt adds. It stands
     in for the gradient of a classifier p(prompt | x_t), which guided earlier models and had to be trained on noisy
-    pictures: by Bayes' rule that gradient is, up to scale, cond - uncond. Hence the captions dropped in training."""
+    pictures: by Bayes' rule that gradient is, up to scale, cond - uncond. Hence the captions dropped in train_unet."""
     return w * (cond - uncond) + uncond
 
 def guided(unet, context, w, seen=None):
@@ -352,7 +353,7 @@ def ddpm(schedule, model, x, times, randn=torch.randn_like):
         x0, _ = predict(schedule, model, x, t)
         mean, variance = schedule.posterior(x0, x, t, t_prev)
         # The noise stands for what x_t cannot know about x_prev. At the end x_0 is all there is left to know: the
-        # posterior's variance is 0, and noise would stay in the picture. The last step adds none.
+        # posterior's variance is 0, and its mean is x_0. The last step adds none.
         x = mean + variance ** 0.5 * randn(x) if t_prev >= 0 else mean
         yield x, x0
 
@@ -367,7 +368,7 @@ def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
         abar = schedule.alpha_bar[t].item()
         abar_prev = schedule.alpha_bar[t_prev].item() if t_prev >= 0 else end
         sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * (1 - abar / abar_prev))             # Eq. 16
-        sigma = sigma if t_prev >= 0 else 0.0                                                      # no noise at the end
+        sigma = sigma if t_prev >= 0 else 0.0                                                      # no fresh one last
         x = abar_prev ** 0.5 * x0 + (1 - abar_prev - sigma ** 2) ** 0.5 * eps                      # Eq. 12
         if sigma > 0:
             x = x + sigma * randn(x)
@@ -396,4 +397,4 @@ def dpmpp(schedule, model, x, times, randn=None):
         last_x0, last_h = x0, h
         yield x, x0
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}            # one more? Also into sample.py's SAMPLER_NAMES

@@ -1,6 +1,6 @@
 """Text to picture: load a model, encode the prompt, denoise, decode, save. See `python sample.py --help`.
 
-The whole of it is five lines, to be found in `generate`:
+The whole of it in five lines (`generate` says the same at length):
 
     context = text_encoder(tokenize(prompt))              what to draw                                  (1, T, D)
     z = randn(1, 4, H/f, W/f)                             start from pure noise
@@ -103,7 +103,7 @@ def blame(what):
         raise BadInput(f"{what}: {why}") from None
 
 def run(main, args):
-    """main(args) as a command: what goes wrong is told in one line; status 2 if the input is at fault, else 1."""
+    """main(args) as a command: what goes wrong is told in one line; status 2 if input or files are at fault, else 1."""
     warnings.formatwarning = lambda message, *_: f"{os.path.basename(sys.argv[0])}: {message}\n"
     try:
         return main(args)
@@ -310,8 +310,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         raise BadInput(f"--mask is {mask_image.size}, --init-image {own}: they should have the same shape")
     shrink = native / (own[0] * own[1]) ** 0.5                     # far beyond its size, a model draws everything twice
     scale = height / own[1] if height else width / own[0] if width else shrink if shrink < 0.6 else 1.0
-    paste = mask_image is not None and not inpainting_model        # into the init image,
-    finished = own if height is width is None else None            # at the size asked for or its own
+    paste = mask_image is not None and not inpainting_model        # the result goes into the init image,
+    finished = own if height is None and width is None else None   # at its own size unless another was asked for
     height, width = (round(n * scale) if side is None else side for n, side in ((own[1], height), (own[0], width)))
     if not f <= min(height, width) <= max(height, width) <= 2 ** 14:
         raise BadInput(f"--width {width} x --height {height}: each takes {f} to {2 ** 14} pixels")

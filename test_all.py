@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -34,8 +35,8 @@ from clip_encoder import (CLIP, CLIPTextEncoder, contrastive_loss, load_tokenize
 from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
-from unet import UNet
-from vae import VAE, Conv, DiagonalGaussian, attend, picture_to_tensor, psnr, vae_loss
+from unet import UNET_SIZES, UNet, pick_device
+from vae import VAE, Conv, DiagonalGaussian, attend, picture_to_tensor, psnr, vae_loss, vae_sizes
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 torch.manual_seed(0)
@@ -2269,5 +2270,119 @@ def test_metadata_changed_at_random_is_used_or_refused(tmp_path, name, text, cap
     assert min(ends.values()) > 5, ends
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# How fast? `python test_all.py --bench [--compile]` prints tables, on the GPU if there is one. Nothing here is a test.
+
+def seconds(*works, rounds=5):
+    """Time works in turns, after a first turn to warm up -> for each, its seconds, turn by turn."""
+    def once(work):
+        start = time.perf_counter()
+        work()
+        torch.cuda.is_available() and torch.cuda.synchronize()
+        return time.perf_counter() - start
+    turns = [[once(work) for work in works] for _ in range(rounds + 1)]
+    return list(zip(*turns[1:]))
+
+
+def operations(work):
+    """Floating-point operations in the matrix products and convolutions of work()."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def print_table(title, columns, rows):
+    rows = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print("\n" + title, *("  ".join(map(str.rjust, row, widths)) for row in rows), sep="\n", flush=True)
+
+
+def beside_diffusers(config, side, batch, tokens, device, dtype, training, rounds=5):
+    """One step of diffusers' U-Net and of ours, with the same weights -> a row of the table."""
+    torch.manual_seed(0)
+    theirs = diffusers.UNet2DConditionModel(**config).to(device)
+    ours = UNet.from_config(dict(theirs.config)).to(device, memory_format=torch.channels_last)
+    ours.load_state_dict(theirs.state_dict())
+    z, noise = (torch.randn(batch, 4, side, side, device=device) for _ in range(2))
+    context, t = torch.randn(batch, tokens, theirs.config.cross_attention_dim, device=device), torch.full((batch,), 500, device=device)
+    optimizers = {model: torch.optim.AdamW(model.parameters(), 1e-5) for model in (theirs, ours)} if training else {}
+    if not training:
+        theirs, ours = theirs.to(dtype), ours.to(dtype)
+
+    def step(model):
+        if not training:
+            with torch.inference_mode():
+                return model(z.to(dtype), t, context.to(dtype))
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+            output = model(z, t, context)
+        torch.nn.functional.mse_loss((output if model is ours else output.sample).float(), noise).backward()
+        optimizers[model].step()
+        optimizers[model].zero_grad()
+    if "--compile" in sys.argv:
+        ours.compile(), theirs.compile()
+    a, b = seconds(lambda: step(theirs), lambda: step(ours), rounds=rounds)
+    ratios = [one / other for one, other in zip(a, b)]
+    ratios = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if z.is_cuda else "-"
+    return ["training" if training else "sampling", config["block_out_channels"][0], f"{batch} x {side}x{side}", str(dtype)[6:],
+            batch / statistics.median(a), batch / statistics.median(b), ratios, memory]
+
+
+def bench():
+    device, dtype = pick_device()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    n, dtypes = 8192 if device.type == "cuda" else 2048, list(dict.fromkeys([torch.float32, dtype]))
+    print(f"{name}, torch {torch.__version__}, diffusers {diffusers.__version__}; medians of 5 turns")
+    peaks, rows = {}, []
+    for kind in dtypes:
+        a, x, w = (torch.randn(shape, device=device).to(kind) for shape in ((n, n), (8, 256, n // 32, n // 32), (256, 256, 3, 3)))
+        x, w = (y.to(memory_format=torch.channels_last) for y in (x, w))
+        works = [lambda: a @ a, lambda: torch.nn.functional.conv2d(x, w, padding=1)]
+        rates = [operations(work) / min(times) for work, times in zip(works, seconds(*works))]
+        peaks[kind] = max(rates)
+        rows.append([str(kind)[6:], *(rate / 1e12 for rate in rates)])
+    print_table("The machine's peak, in 10^12 operations a second", ["", "matrix product", "convolution"], rows)
+
+    small = dict(block_out_channels=(64, 128, 256), cross_attention_dim=64, attention_head_dim=4, sample_size=16,
+                 down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3)
+    published = {k: v for k, v in UNET_15.items() if k[0] != "_"}
+    rows = [beside_diffusers(small, 16, 64, 32, device, kind, training=True) for kind in dtypes]
+    rows += [beside_diffusers(published, side, 2, 77, device, kind, training=False, rounds=5)
+             for kind, side in [(torch.float32, 32), (dtype, 64)]]
+    if device.type == "cuda":
+        rows.append(beside_diffusers(published, 64, 8, 77, device, dtype, training=True))
+    print_table("U-Net steps, samples a second", ["", "width", "latents", "dtype", "diffusers", "nanoSD", "times as fast", "GiB"], rows)
+
+    tokenizer, clip = clip_encoder.build_clip("tiny", 64, ["a landscape", "a house under a clear sky"])
+    pipe = Pipeline(UNet(**UNET_SIZES["tiny"], cross_attention_dim=128, sample_size=16), VAE(**vae_sizes("tiny", 64)),
+                    clip.text_encoder(), tokenizer, NoiseSchedule())
+    for part in sample.PARTS:
+        getattr(pipe, part).to(device, dtype, memory_format=torch.channels_last).eval()
+    rows = []
+    for batch, size, steps in [(1, 64, 25), (4, 64, 25), (16, 64, 25), (4, 128, 25), (4, 256, 25), (4, 64, 10), (4, 64, 50)]:
+        def draw():
+            return generate(pipe, "a landscape", num_images=batch, height=size, width=size, steps=steps, progress=False)
+        [times] = seconds(draw, rounds=3)
+        median = statistics.median(times)
+        rows.append([batch, f"{size}x{size}", steps, median / batch, f"{operations(draw) / median / peaks[dtype]:.0%}"])
+    print_table("Drawing, the default model", ["pictures", "size", "steps", "seconds a picture", "of the peak"], rows)
+
+    rows = []
+    for width in (32, 64, 128, 256):
+        unet = UNet(**dict(UNET_SIZES["tiny"], block_out_channels=(width, 2 * width)), cross_attention_dim=128, sample_size=16)
+        unet.to(device, memory_format=torch.channels_last)
+        z, context = torch.randn(32, 4, 16, 16, device=device), torch.randn(32, 32, 128, device=device)
+        learner = ddpm.Learner(unet, lambda unet, z: (unet(z, torch.zeros(32, device=device), context).square().mean(), {}), dtype)
+
+        def learn():
+            learner.gradient([(z,)])
+            learner.step(1e-4)
+        [times] = seconds(learn, rounds=5)
+        size, median = sum(p.numel() for p in unet.parameters()) / 1e6, statistics.median(times)
+        rows.append([f"{width}, {2 * width}", size, median, 32 / median, f"{operations(learn) / median / peaks[dtype]:.0%}"])
+    print_table("Training, 32 latents of 16x16 a step", ["channels", "10^6 parameters", "seconds a step", "samples a second", "of the peak"], rows)
+
+
 if __name__ == "__main__":
-    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
+    sys.exit(bench() if "--bench" in sys.argv else pytest.main([__file__, "-q", *sys.argv[1:]]))

@@ -8,7 +8,7 @@
 Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
 with reconstructions under their originals and samples for fixed prompts; loss-STAGE.png, log-STAGE.jsonl with losses.
-The U-Net's is flat by nature, most noise cannot be guessed: trust the samples. OUT is the model. Before: sample.py."""
+The U-Net's soon looks flat: what is left nobody can guess. Trust the samples. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
@@ -24,7 +24,7 @@ def parse_args():
     p.add_argument("--init", metavar="MODEL", help="start from this model; train its U-Net, keep its VAE and words")
     p.add_argument("--text-encoder", default="scratch", metavar="DIR|HUB_ID", help="a published CLIP's; eval: judge")
     p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="words for an --init that is a single file")
-    p.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: CPU; base: one GPU; sd15: as published")
+    p.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: CPU; base: one GPU; sd15: published sizes")
     p.add_argument("--image-size", type=int, metavar="N", help="pixels on a side (default: by preset 64, 256, 512)")
     p.add_argument("--max-images", type=int, metavar="N", help="use the first N pictures (tiny: 8000, else all)")
     p.add_argument("--steps", type=int, metavar="N", help="optimizer steps; --stage all: the U-Net's, others follow")
@@ -100,7 +100,7 @@ def noise(rng, x, y=None, first=(2, 2), octaves=5, gain=0.5, smooth=True):
     return total if y is not None else total[0]
 
 def draw(scene, rng, S):
-    """A scene (sky, land, place or None, extras) -> picture (S, S, 3), float in [0, 255]: the same at any size S."""
+    """A scene (sky, land, place or None, extras) -> picture (S, S, 3), float in [0, 255]: one scene at any size S."""
     sky, land, place, extras = scene
     zenith, horizon, light, disc, far, near = (np.array(v, float) for v in SKIES[sky][1:] + LANDS[land][1:])
     light, ground, night, storm = light / 255, 0.60 + rng.uniform(-0.04, 0.04), sky == "night", sky == "storm"
@@ -320,10 +320,10 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
     start, rows = learner.done, learner.rows
     args.compile and model.compile()
-    def places():                                                  # of this process, in the endless row of pictures
+    picture_at = endless(data.n, args.seed)                        # place in the endless row -> picture: by seed alone
+    def places():                                                  # for this process, `size` of every WORLD * size
         return (range(k, k + size) for k in range(start * batch_size + RANK * size, steps * batch_size, WORLD * size))
-    def batches(picture_at=endless(data.n, args.seed)):            # what stands there: a matter of the seed alone
-        return ([picture_at(place) for place in batch] for batch in places())
+    def batches(): return ([picture_at(place) for place in batch] for batch in places())
     stop = vars(args).setdefault("stop", [])                       # one list for all stages
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
     workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
@@ -368,7 +368,7 @@ def plot(rows, path, W=640, H=360):
     ImageDraw.Draw(sheet).text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}", "black")
     sheet.save(path)
 
-# ---- The three stages, and the measure of the result -----------------------------------------------------------------
+# ---- The three stages, each with its `loss_of`, and the measure of the result ----------------------------------------
 def train_vae(pipe, data, val, args):
     """Stage 1: pictures -> latents -> pictures. Sets pipe.vae."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
@@ -414,9 +414,9 @@ def train_unet(pipe, data, val, args):
     latents = Kept(data.n, (2 * vae.config["latent_channels"], side, side), torch.float16, moments, args.out, 8)
     contexts = Kept(len(texts), (length, width), torch.float16,
                     lambda rows: encode_prompts(pipe, [texts[r] for r in rows]), args.out, 8)
-    def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents
+    def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents: LATENT diffusion
         x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generators).to(device)
-        # Sometimes forget the caption: one network learns eps(x_t, t, text) and eps(x_t, t). Guidance needs both.
+        # Drop the caption of every tenth: one network learns eps(x_t, t, text) and eps(x_t, t). `guide` needs both.
         texts_ = [data.captions[i] for i in data.shown[indices].tolist()]
         rows = [0 if torch.rand((), generator=g) < 0.1 else row[text] for text, g in zip(texts_, generators)]
         context = contexts[rows].float().to(device)                # (B, T, D)
@@ -447,7 +447,7 @@ def evaluate(pipe, data, val, args, n=100):
     if judge != args.text_encoder and not os.path.isdir(judge):
         return print("no CLIP to judge by: name one, such as --text-encoder openai/clip-vit-large-patch14")
     clip, words = load_clip(judge, args.device)
-    chosen = list({val.captions[i]: i for i in reversed(range(val.n))}.values())[-n:]      # no caption twice
+    chosen = sorted({val.captions[i]: i for i in reversed(range(val.n))}.values())[:n]     # the first of each caption
     real, captions = as_pictures(val.pixels[chosen], args.device), [val.captions[i] for i in val.shown[chosen].tolist()]
     drawn = generate(pipe, captions)
     grid(drawn, 10, 128).save(f"{args.out}/samples/eval.png")
@@ -465,7 +465,7 @@ def main(args):
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
     words = ["text_encoder"] * (args.text_encoder == "scratch" or args.stage == "eval")
-    need = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get("".join(todo), [])
+    need = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get(todo[0], [])
     pipe = load_pipeline(args.init or args.out, args.device, tokenizer=args.tokenizer, parts=need,
                          prediction_type=args.prediction_type) if need else Pipeline(schedule=NoiseSchedule())
     if not words:
@@ -487,8 +487,8 @@ def main(args):
     args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures"         # all of them change weights
     begun = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")          # else there is nothing yet
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
-    begun or todo == ["eval"] or RANK or set_aside(args.out, [
-        *todo, *["vae", "clip"] * bool(args.init), *["clip"] * (args.text_encoder != "scratch")], args.resume)
+    anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
+    begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
     RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
           f"{str(args.dtype)[6:]}; the model goes to {plain(args.out)}/")
     for stage in todo:

@@ -34,7 +34,7 @@ from vae import Attention, Downsample, ResnetBlock, Upsample, attend, supported
 
 # ---- Time ------------------------------------------------------------------------------------------------------------
 def timestep_embedding(t, dim):
-    """t (B,) -> (B, dim): cosines and sines at dim/2 frequencies, from 1 to 1/10000 (Vaswani et al. 2017, section 3.5).
+    """t (B,) -> (B, dim): cosines and sines at dim/2 frequencies, from 1 to near 1/10000 (Vaswani et al. 2017, 3.5).
 
     Like the hands of many clocks: fast ones tell t from t + 1, slow ones tell early from late. The paper writes sine
     first; the published weights expect cosine first."""
@@ -118,7 +118,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, context):
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)                 # the prompt enters the picture on this line
+        x = x + self.attn2(self.norm2(x), context)                 # the prompt enters the picture (also: add_embedding)
         return x + self.ff(self.norm3(x))
 
 class SpatialTransformer(nn.Module):
@@ -207,7 +207,7 @@ UNET_SIZES = {
     "sd15": {}}
 
 class UNet(nn.Module):
-    """The noise predictor. `UNet()` is Stable Diffusion 1.5's; `from_config` takes any published unet/config.json.
+    """The noise predictor. `UNet()` is Stable Diffusion 1.5's; `from_config` takes a published unet/config.json.
 
     block_out_channels    width of each level, finest first
     down_block_types      "CrossAttnDownBlock2D" (with transformers) or "DownBlock2D", per level; the up path mirrors it
@@ -260,7 +260,7 @@ class UNet(nn.Module):
         assert not skips, f"{len(skips)} skips are never used"
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)                       # first guess: no noise at all; loss starts at 1
+        nn.init.zeros_(self.conv_out.weight)                       # first guess: 0, no noise; Eq. 14 starts at 1
         nn.init.zeros_(self.conv_out.bias)
         self.grad_checkpoint = False
 
@@ -340,7 +340,7 @@ class UNet(nn.Module):
 
 # ---- Published weights: from a file into this model or those before it, and onto a device ----------------------------
 def read_weights(path, dtype_of):
-    """A file -> {name: tensor}, each made ready before the next is read: memory never holds the weights twice.
+    """A file -> {name: tensor}; of .safetensors each is made ready before the next is read: memory holds them once.
     dtype_of(name): a torch.dtype, or None to leave the tensor out. A pickle (.ckpt, .bin) may ask Python to call any
     function at all: weights_only refuses what tensors do not need. One name is let through, to an empty class, because
     Lightning leaves it in its files. Convolutions like a pixel's channels side by side: channels_last."""
@@ -351,8 +351,8 @@ def read_weights(path, dtype_of):
         try:
             with torch.serialization.safe_globals([(type("ModelCheckpoint", (), {}), lightning)]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as e:                        # refused: what does it ask for?
-            raw = open(path, encoding="latin-1").read(2 ** 20)     # of new ones torch does not tell: module, name, 0x93
+        except pickle.UnpicklingError as e:                        # its message names what is refused, up to protocol 3
+            raw = open(path, encoding="latin-1").read(2 ** 20)     # from 4 on: module, name, the byte 0x93
             new = re.findall(r"\x8c.((?!torch[\x94\x8c]|torch\._|collect)[\w.]+)\x94?\x8c.(\w+)\x94?\x93", raw, re.S)
             asked = re.findall(r"GLOBAL (\S+)", str(e)) + [".".join(pair) for pair in new]
             why = f"refused: it asks for {asked[0]}, which weights do not need" if asked else "not a file of weights"

@@ -28,12 +28,11 @@ from torch.utils.checkpoint import checkpoint
 # ---- Leaves: attention, the residual block, down- and upsampling. unet.py is built from the same ones ----------------
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, Eq. 1): q (..., N, d) and k, v (..., M, d) -> (..., N, d)."""
-    if q.requires_grad and q.dtype == torch.bfloat16 and q.size(-2) * k.size(-2) <= 128 ** 2 and not q.is_cuda:
+    if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(-2) * k.size(-2) <= 128 ** 2:
+        # As the equation says; for the gradient of few tokens, in bfloat16 on a CPU, up to four times as fast as below.
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) # (..., N, M): how well query n matches key m
         return scores.softmax(dim=-1) @ v                          # each query's weighted mean of the values
-    # The same, piece by piece: the scores of a large picture never exist as a whole. Up to four times as fast, but for
-    # the gradient of few tokens in bfloat16 on a CPU, which takes up to four times as long.
-    return F.scaled_dot_product_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)                 # piece by piece: the scores never exist as a whole
 
 class Attention(nn.Module):
     """Multi-head attention: tokens x (B, N, C) look at context (B, M, D), or without one at each other -> (B, N, C)."""
@@ -68,8 +67,8 @@ class SpatialAttention(Attention):
         return x + super().forward(tokens).view(B, H, W, C).permute(0, 3, 1, 2)
 
 class Conv(nn.Conv2d):
-    """A 3x3 convolution of stride 1, (B, Cin, H, W) -> (B, Cout, H, W). Of few pixels and many channels, written as one
-    matrix product: at every call a CPU's convolution re-orders its weights, which there takes longer than to use them.
+    """A 3x3 convolution of stride 1, (B, Cin, H, W) -> (B, Cout, H, W). In inference, of few pixels and many channels,
+    as one matrix product: at every call a CPU's convolution re-orders its weights, and there that takes longest.
     The step of Stable Diffusion 1.5's U-Net in float32: 1.4 times as fast for 32x32 latents, 1.8 for 16x16."""
     def forward(self, x):
         B, C, H, W = x.shape
@@ -94,7 +93,7 @@ class ResnetBlock(nn.Module):
         self.conv2 = Conv(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:                            # x must grow or shrink before it can be added
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        # A block that starts as the identity: gradients reach every layer from the first step on (Goyal et al. 2017).
+        # Starts as the identity, or the shortcut: at first a deep stack learns like a shallow one (Goyal et al. 2017).
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -108,7 +107,7 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution.
     The published VAE pads only the right and bottom edges, the published U-Net all four. Padding the VAE evenly shifts
-    its pictures by half a pixel at each level: they come out subtly wrong, and nothing says why."""
+    its pictures by half a pixel of the smaller one at each level: subtly wrong, and nothing says why."""
     def __init__(self, channels, pad_all_sides):
         super().__init__()
         self.pad_all_sides = pad_all_sides
@@ -224,7 +223,7 @@ class DiagonalGaussian:
         return 0.5 * (self.mean ** 2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 class VAE(nn.Module):
-    """Encoder, decoder and the Gaussian between them. `VAE()` is Stable Diffusion 1.5's; `from_config` takes any other.
+    """Encoder, decoder and the Gaussian between them. `VAE()` is Stable Diffusion 1.5's; `from_config` takes others.
     Diffusion works on `scaling_factor * z`. Its models assume data of unit variance, and a VAE's latents have whatever
     spread training gave them; the factor is 1 / (their standard deviation), for Stable Diffusion's VAE 0.18215."""
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512),
@@ -291,14 +290,14 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def decode_tiles(self, z, side=64, overlap=16):
-        """As `decode`, in squares of `side` latents that fade into each other: memory for one, however large the whole.
+        """As `decode`, in squares of `side` latents that fade into each other: the network's memory is that of one.
         Colours may drift a little from square to square: normalization and attention see one at a time."""
         f, (h, w), step = self.f, z.shape[2:], side - overlap
-        sums = torch.zeros(len(z), 4, h * f, w * f, device=z.device)                # colours times weights; weights
+        sums = torch.zeros(len(z), 3 + 1, h * f, w * f, device=z.device)            # colours times weights; weights
         for top, left in itertools.product(range(0, max(h - overlap, 1), step), range(0, max(w - overlap, 1), step)):
             x = self.decode(z[:, :, top: top + side, left: left + side]).float()
-            ramps = [torch.arange(1.0, n + 1, device=z.device) for n in x.shape[2:]]
-            rows, columns = (torch.minimum(i, i.flip(0)).clamp(max=overlap * f) for i in ramps)
+            ramps = [torch.arange(1.0, n + 1, device=z.device) for n in x.shape[2:]]                # 1, 2, 3, ...
+            rows, columns = (torch.minimum(i, i.flip(0)).clamp(max=overlap * f) for i in ramps)     # from either edge
             tile = sums[:, :, top * f: top * f + x.size(2), left * f: left * f + x.size(3)]
             tile += torch.cat([x, torch.ones_like(x[:, :1])], dim=1) * rows[:, None] * columns
         return sums[:, :3] / sums[:, 3:]
@@ -309,13 +308,13 @@ class VAE(nn.Module):
 
 def vae_sizes(preset, image_size):
     """Arguments of the VAE that train.py builds for a preset."""
-    if preset == "tiny":                                           # latents of about 16x16 at any picture size
+    if preset == "tiny":                                           # latents of 16x16 (8x8 for pictures of 16x16)
         levels = max(2, round(math.log2(image_size / 16)) + 1)
         return dict(block_out_channels=(16,) * (levels - 2) + (32, 64), layers_per_block=1, norm_num_groups=4)
     return {"base": dict(block_out_channels=(64, 128, 256, 256), norm_num_groups=16), "sd15": {}}[preset]
 
 def vae_loss(vae, x, kl_weight=3e-5, generator=None):
-    """The negative ELBO, up to constants, of pictures x (B, 3, H, W) -> (loss, its parts as a dict of scalars).
+    """The negative ELBO, up to a factor and constants, of pictures x (B, 3, H, W) -> (loss, its parts as a dict).
 
     We would like to maximize log p(x), but that needs an integral over every z. For any q, Jensen's inequality gives
     (Kingma & Welling, Eq. 3)
