@@ -293,7 +293,7 @@ def set_aside(out, stages, resume):
              + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in stages)).split()
     old = [path for path in (f"{out}/{name}" for name in names) if os.path.exists(path)]
     if old and resume:
-        raise BadInput(f"--resume: {out}/ holds the model of another run: repeat its --stage and --init")
+        raise BadInput(f"--resume: {out}/ holds another run: repeat its --stage and --init, or leave out --resume")
     if old:
         to = next(path for k in itertools.count(1) if not os.path.exists(path := f"{out}/previous-{k}"))
         model = {*PARTS, "tokenizer", "scheduler", "model_index.json", "train_state"}       # not what else lies there
