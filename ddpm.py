@@ -12,13 +12,13 @@
 The forward process drowns a picture in noise, a little at every step, and needs no learning. Its closed form (Eq. 4)
 says that all those small steps up to t are one large one, so training can jump to any t. Going backwards needs
 q(x_{t-1} | x_t), which nobody knows; but if x_0 were known as well, it would be a Gaussian (Eq. 6). So a network
-guesses x_0, or what is the same by Eq. 4, the noise eps, and we step with the guess in place of the truth.
+guesses x_0, or what is the same by Eq. 4, the noise eps, and we step with the guess in place of the truth. (Asked for
+x_0 itself, DDPM drew worse, section 3.2: an error there weighs differently at each t, see `diffusion_loss`.)
 
 Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
 posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a
 weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2
-(Eq. 12). Setting all weights to 1 gives the simple loss (Eq. 14), which spends more on large t, where the picture is
-decided, and draws better.
+(Eq. 12). With all weights 1, the simple loss (Eq. 14) spends more on large t, which decide the picture, and draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
