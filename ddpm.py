@@ -18,7 +18,7 @@ x_0 itself, DDPM drew worse, section 3.2: an error there weighs differently at e
 Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
 posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a
 weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2
-(Eq. 12). With all weights 1, the simple loss (Eq. 14) spends more on large t, which decide the picture, and draws better.
+(Eq. 12). With all weights 1, the simple loss (Eq. 14) spends more on large t, which decide a picture: it draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
