@@ -241,7 +241,7 @@ def save_module(module, folder, part):
 
 def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
     """Write pipe, or only some parts, as a folder that diffusers.StableDiffusionPipeline.from_pretrained reads: all of
-    it at once, so that nobody ever finds half of one model and half of another. OSError where it cannot be written."""
+    it at once: with `settle`, nobody finds half of one and half of another. OSError where it cannot be written."""
     with into(folder) as to:
         for part in parts:
             save_module(getattr(pipe, part), os.path.join(to, part), part)
@@ -266,12 +266,12 @@ def encode_prompts(pipe, texts):
 
 def decode(pipe, z, tile=False):
     """Scaled latents (B, 4, h, w) -> list of B PIL pictures, a few at a time: decoding is where memory peaks."""
-    dtype, few = next(pipe.vae.parameters()).dtype, max(1, 64 * 64 // z[0, 0].numel())
-    draw = pipe.vae.decode_tiles if tile else pipe.vae.decode
-    drawn = [draw((part / pipe.vae.scaling_factor).to(dtype)) for part in z.split(few)]
-    if not all(x.isfinite().all() for x in drawn):
-        raise BadInput("the model has drawn numbers that are none (nan): try --dtype float32, or other weights")
-    return [picture for x in drawn for picture in tensor_to_pictures(x)]
+    dtype, draw, pictures = next(pipe.vae.parameters()).dtype, pipe.vae.decode_tiles if tile else pipe.vae.decode, []
+    for part in z.split(max(1, 64 * 64 // z[0, 0].numel())):
+        if not (x := draw((part / pipe.vae.scaling_factor).to(dtype))).isfinite().all():
+            raise BadInput("the model has drawn numbers that are none (nan): try --dtype float32, or other weights")
+        pictures += tensor_to_pictures(x)
+    return pictures
 
 def encode_picture(pipe, x, generators):
     """A picture (1, 3, H, W) -> scaled latents (B, 4, h, w), one draw from its posterior for each generator."""

@@ -2298,7 +2298,7 @@ def print_table(title, columns, rows):
     print("\n" + title, *("  ".join(map(str.rjust, row, widths)) for row in rows), sep="\n", flush=True)
 
 
-def beside_diffusers(config, side, batch, tokens, device, dtype, training, rounds=5):
+def beside_diffusers(config, side, batch, tokens, device, dtype, training):
     """One step of diffusers' U-Net and of ours, with the same weights -> a row of the table."""
     torch.manual_seed(0)
     theirs = diffusers.UNet2DConditionModel(**config).to(device)
@@ -2321,7 +2321,7 @@ def beside_diffusers(config, side, batch, tokens, device, dtype, training, round
         optimizers[model].zero_grad()
     if "--compile" in sys.argv:
         ours.compile(), theirs.compile()
-    a, b = seconds(lambda: step(theirs), lambda: step(ours), rounds=rounds)
+    a, b = seconds(lambda: step(theirs), lambda: step(ours))
     ratios = [one / other for one, other in zip(a, b)]
     ratios = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
     memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f}" if z.is_cuda else "-"
@@ -2348,7 +2348,7 @@ def bench():
                  down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3)
     published = {k: v for k, v in UNET_15.items() if k[0] != "_"}
     rows = [beside_diffusers(small, 16, 64, 32, device, kind, training=True) for kind in dtypes]
-    rows += [beside_diffusers(published, side, 2, 77, device, kind, training=False, rounds=5)
+    rows += [beside_diffusers(published, side, 2, 77, device, kind, training=False)
              for kind, side in [(torch.float32, 32), (dtype, 64)]]
     if device.type == "cuda":
         rows.append(beside_diffusers(published, 64, 8, 77, device, dtype, training=True))
@@ -2378,7 +2378,7 @@ def bench():
         def learn():
             learner.gradient([(z,)])
             learner.step(1e-4)
-        [times] = seconds(learn, rounds=5)
+        [times] = seconds(learn)
         size, median = sum(p.numel() for p in unet.parameters()) / 1e6, statistics.median(times)
         rows.append([f"{width}, {2 * width}", size, median, 32 / median, f"{operations(learn) / median / peaks[dtype]:.0%}"])
     print_table("Training, 32 latents of 16x16 a step", ["channels", "10^6 parameters", "seconds a step", "samples a second", "of the peak"], rows)

@@ -381,8 +381,8 @@ def supported(config, model, only):
     arguments = inspect.signature(model).parameters
     bookkeeping = {"sample_size", "force_upcast", "dropout", "addition_time_embed_dim", "decay", "min_decay", "power",
                    "inv_gamma", "optimization_step", "update_after_step", "use_ema_warmup"}
-    kept = {}
-    for key, value in ((key, value) for key, value in config.items() if value is not None):         # null: the default
+    kept, config = {}, {key: value for key, value in config.items() if value is not None}           # null: the default
+    for key, value in config.items():
         if key in arguments:
             kept[key] = tuple(value) if isinstance(value, list) else value
             kinds = {int: (int,), float: (int, float)}.get(type(arguments[key].default))
