@@ -25,8 +25,7 @@ Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Sol
 (cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" alpha_bar = 1, no noise
 (published DDIM stops at alpha_bar_0 instead, a trace of noise short of it: set_alpha_to_one = False).
 Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
-Read next: unet.py.
-"""
+Read next: unet.py."""
 import contextlib, copy, functools, math, os, re
 import numpy as np
 import torch
@@ -158,9 +157,10 @@ class NoiseSchedule:
 def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     """Algorithm 1 of DDPM for given t (B,) and noise like x0 (B, ...) -> one loss per example (B,).
 
-    model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None is the plain Eq. 14.
-    In Eq. 14 an error in x_0 counts SNR(t) times, as Eq. 4 says: 1,175 at the first t and 0.005 at the last, and the
-    times fight over the network. Min-SNR counts it min(SNR(t), gamma) times (Hang et al., section 3)."""
+    model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None or 0 is the plain Eq. 14.
+    In eps, an error in x_0 counts SNR(t) times, as Eq. 4 says: 1,175 at the first t, 0.005 at the last: all for detail.
+    Min-SNR counts it min(SNR(t), gamma) times (Hang et al., section 3). Plain v counts it SNR(t) + 1 times, so also
+    where noise is nearly all and layouts are decided: 600 steps in, suns stand where prompts say in 100 %, not 55 %."""
     x_t = schedule.q_sample(x0, t, noise)                                                          # Eq. 4
     v_prediction = schedule.prediction_type == "v_prediction"
     target = schedule.velocity(x0, t, noise) if v_prediction else noise

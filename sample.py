@@ -1,15 +1,12 @@
-"""Text to picture: load a model, encode the prompt, denoise, decode, save. See `python sample.py --help`.
+"""Text to picture: load a model, encode the prompt, denoise, decode, save. Before this file: unet.py. Then: train.py.
 
-The whole of it in five lines (`generate` says the same at length):
+The whole of it in five lines; `generate` says the same at length. (From Python: load_pipeline, generate, save_pipeline.)
 
     context = text_encoder(tokenize(prompt))              what to draw                                  (1, T, D)
     z = randn(1, 4, H/f, W/f)                             start from pure noise
     for t, t_prev in times:                               from noisy to clean, `steps` times
         z = sampler_step(z, guided(unet, z, t, context))  take out some of the noise that the U-Net sees
-    picture = vae.decode(z / vae.scaling_factor)          from latent to pixels                         (1, 3, H, W)
-
-From Python: `from sample import load_pipeline, save_pipeline, generate`. Before this file: unet.py. Then: train.py.
-"""
+    picture = vae.decode(z / vae.scaling_factor)          from latent to pixels                         (1, 3, H, W)"""
 import argparse, contextlib, dataclasses, io, json, os, pathlib, re, shutil, sys, tempfile, warnings
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
 
@@ -17,13 +14,13 @@ def parse_args():
     """The command line -> its values."""
     p = argparse.ArgumentParser(description="Draw pictures from prompts.")
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; several prompts draw several pictures")
-    p.add_argument("--model", default="out", help="folder, hub id, or a single .safetensors or .ckpt (default: out)")
+    p.add_argument("--model", help="folder, hub id, single .safetensors or .ckpt (default: out, else assets/model)")
     p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for a single file (default: OpenAI's, from the hub)")
     p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="if the model's files do not tell")
     p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
-    p.add_argument("--guidance", type=float, default=7.5, help="how strictly to follow the prompt (default: 7.5)")
+    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: the model's, or 7.5)")
     p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
@@ -129,6 +126,7 @@ class Pipeline:
     tokenizer: object = None                                       # transformers' CLIPTokenizer
     schedule: NoiseSchedule = None
     device = property(lambda self: next(self.vae.parameters()).device)
+    guidance = property(lambda self: 3.0 if self.unet.config["addition_embed_type"] else 7.5)       # what looks best
 
 PARTS = ("unet", "vae", "text_encoder")
 CLASSES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}
@@ -160,9 +158,8 @@ def load_clip(source, device="cpu", part="clip"):
 
 def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS, prediction_type=None):
     """A folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt -> Pipeline, of some parts if asked.
-    tokenizer: a folder or hub id to use instead of the model's own; single files have none. prediction_type: "epsilon"
-    or "v_prediction", if the model's files do not tell. In float16 the VAE stays in float32: it would overflow on some
-    pictures. Raises BadInput."""
+    tokenizer: a folder or hub id to use instead of the model's own. prediction_type: "epsilon" or "v_prediction", if
+    the files do not tell. In float16 the VAE stays float32: it would overflow on some pictures. Raises BadInput."""
     with blame(model):
         path, pipe = find(model, parts), Pipeline(schedule=NoiseSchedule())
     dtypes = {part: torch.float32 if part == "vae" and dtype == torch.float16 else dtype for part in parts}
@@ -255,8 +252,8 @@ def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
                 "_class_name": f"StableDiffusion{'Inpaint' * (pipe.unet.config['in_channels'] == 9)}Pipeline",
                 "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
                 "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-                "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
-                "feature_extractor": [None, None], "requires_safety_checker": False, "_diffusers_version": "0.30.0"})
+                "scheduler": ["diffusers", "DDIMScheduler"], "_diffusers_version": "0.30.0", "requires_safety_checker":
+                False, "safety_checker": [None, None], "feature_extractor": [None, None]})
 
 # ---- Draw ------------------------------------------------------------------------------------------------------------
 def encode_prompts(pipe, texts):
@@ -284,10 +281,10 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
              frames=None, tile=False, last=False):
     """Draw num_images pictures for a prompt (str), or for each of several (list of str) -> list of PIL pictures.
     Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
-    device. height, width: in pixels; by default as the model was trained, or as the init image. init_image (PIL): start
-    from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black is kept. latents
-    (B, 4, h, w): the noise to start from. frames: a list, to which each step's prediction of the first few finished
-    latents is added. tile: decode in tiles. last: let go of text encoder and U-Net once they are done. BadInput."""
+    device. height, width: in pixels; by default as the model was trained, or as init_image (PIL): start from it,
+    strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black kept. latents (B, 4, h, w):
+    the noise to start from. frames: a list, gets each step's guess of the first few finished latents. tile: decode in
+    tiles. last: let go of text encoder and U-Net once they are done. BadInput."""
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
     inpainting_model = config["in_channels"] == 9                  # one that sees mask and surroundings as inputs
@@ -376,7 +373,11 @@ def main(args):
     with blame(f"--output {args.output}: it takes a folder to write to and a name that ends like .png"):
         Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[ext.lower()])     # can it be written?
         assert ext.lower() != ".gif" and os.access(folder or ".", os.W_OK | os.X_OK) and not os.path.isdir(args.output)
+    box = os.path.relpath(pathlib.Path(__file__).resolve().parent / "assets" / "model")     # comes with these files
+    args.model = args.model or (box if os.path.isdir(box) and not os.path.isdir("out/unet") else "out")
+    print(f"sample.py: drawing with the model in {plain(args.model)}", file=sys.stderr)
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
+    args.guidance = pipe.guidance if args.guidance is None else args.guidance
     args.compile and pipe.unet.compile()
     pictures = generate(pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
                         args.num_images, args.height, args.width, init, args.strength, mask, tile=args.tile, last=True,
@@ -389,10 +390,9 @@ def main(args):
             info = PngImagePlugin.PngInfo()
             info.add_itxt("parameters", plain(write_parameters(args, k, picture.size)))
             picture.save(os.path.join(to, each), pnginfo=info)     # formats other than PNG pass over it
-        if args.gif:
-            names.append(f"{stem}.gif")
+        if gif:
             gif[0].save(f"{to}/{stem}.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 10, duration=100, loop=0)
-        for each in names:                                         # whole, or not at all
+        for each in (names := names + [f"{stem}.gif"] * args.gif): # whole, or not at all
             os.replace(os.path.join(to, each), os.path.join(folder, each))
     print("\n".join(plain(os.path.join(folder, name)) for name in names))
 

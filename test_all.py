@@ -1208,6 +1208,14 @@ def test_gradient_checkpoints_change_nothing():
 # ---------------------------------------------------------------------------------------------------------------------
 # Data.
 
+def test_the_sun_lights_its_side():
+    """The same scene with the sun on the left, then on the right: the land is brighter on that side, the storm has none."""
+    for sky in ("day", "dawn", "sunset", "night"):
+        for land in train.LANDS:
+            left, right = (train.draw((sky, land, place, []), np.random.default_rng(3), 64).mean(axis=2)[44:] for place in ("left", "right"))
+            assert left[:, :32].mean() > 1.05 * right[:, :32].mean() and right[:, 32:].mean() > 1.05 * left[:, 32:].mean(), (sky, land)
+
+
 def test_landscapes_are_deterministic_and_the_same_at_any_size():
     scenes = Landscapes(64)
     assert len(scenes) >= 20000 and len(Landscapes(64, "val")) >= 3000 and len(Landscapes(64, "novel")) >= 3000
@@ -1407,6 +1415,34 @@ def test_train_then_sample_then_diffusers(trained):
     expected = theirs_from(folder, "dpmpp")("dunes at night", latents=latents, num_inference_steps=5, guidance_scale=3.0,
                                             height=32, width=32).images
     assert decibel(generate(load_pipeline(folder), "dunes at night", steps=5, guidance=3.0, latents=latents), expected) > 45
+
+
+def test_which_model_draws_and_how_strictly(saved, trained, tmp_path, monkeypatch, command):
+    """Without --model: the one in out/, before that the one in assets/; each is told, and has its own guidance."""
+    shutil.copytree(saved, tmp_path / "repository/assets/model")
+    monkeypatch.setattr(sample, "__file__", str(tmp_path / "repository/sample.py"))
+    (tmp_path / "out").mkdir()                                     # a training run has only begun
+    status, out, err = command("sample.py", "fog", "--steps", 1)
+    box = os.path.join("repository", "assets", "model")
+    assert status == 0 and f"drawing with the model in {box}\n" in err and out == "out.png\n", err
+    assert ", CFG scale: 7.5, " in Image.open(tmp_path / "out.png").text["parameters"]
+    assert sample.read_parameters(tmp_path / "out.png")["model"] == box
+    shutil.copytree(trained / "out", tmp_path / "out", dirs_exist_ok=True)
+    status, _, err = command("sample.py", "fog", "--steps", 1)
+    assert status == 0 and "drawing with the model in out\n" in err
+    assert ", CFG scale: 3.0, " in Image.open(tmp_path / "out.png").text["parameters"]
+    assert command("sample.py", "fog", "--steps", 1, "--guidance", 4)[0] == 0
+    assert ", CFG scale: 4.0, " in Image.open(tmp_path / "out.png").text["parameters"]
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(tmp_path / "repository/assets")
+    assert command("sample.py", "fog")[0] == 2                     # neither
+
+
+def test_the_small_model_predicts_v_unless_told_otherwise(trained, tmp_path, command):
+    assert load_pipeline(str(trained / "out")).schedule.prediction_type == "v_prediction"
+    shutil.copytree(trained / "out", tmp_path / "out")
+    assert command("train.py", "--stage", "unet", *TINY_RUN, "--prediction-type", "epsilon")[0] == 0
+    assert load_pipeline(str(tmp_path / "out")).schedule.prediction_type == "epsilon"
 
 
 def test_latents_have_unit_variance(trained):
@@ -1725,7 +1761,7 @@ def test_a_stage_cut_off_twice_ends_where_an_uninterrupted_one_does(trained, tmp
 
 @pytest.mark.parametrize("flag, value", [
     ("--lr", 0.01), ("--batch-size", 8), ("--steps", 9), ("--seed", 3), ("--image-size", 16), ("--max-images", 20),
-    ("--min-snr", 0), ("--grad-accum", 2), ("--prediction-type", "v_prediction"), ("--dtype", "bfloat16"), ("--preset", "base"),
+    ("--min-snr", 0), ("--grad-accum", 2), ("--prediction-type", "epsilon"), ("--dtype", "bfloat16"), ("--preset", "base"),
     ("--data", "pictures")])
 def test_a_run_with_other_settings_is_not_resumed(trained, tmp_path, command, flag, value):
     shutil.copytree(trained / "out", tmp_path / "out")
@@ -2370,7 +2406,7 @@ def bench():
 
     rows = []
     for width in (32, 64, 128, 256):
-        unet = UNet(**dict(UNET_SIZES["tiny"], block_out_channels=(width, 2 * width)), cross_attention_dim=128, sample_size=16)
+        unet = UNet(**dict(UNET_SIZES["tiny"], block_out_channels=(width, 2 * width, 2 * width)), cross_attention_dim=128, sample_size=16)
         unet.to(device, memory_format=torch.channels_last)
         z, context = torch.randn(32, 4, 16, 16, device=device), torch.randn(32, 32, 128, device=device)
         learner = ddpm.Learner(unet, lambda unet, z: (unet(z, torch.zeros(32, device=device), context).square().mean(), {}), dtype)
@@ -2380,7 +2416,7 @@ def bench():
             learner.step(1e-4)
         [times] = seconds(learn)
         size, median = sum(p.numel() for p in unet.parameters()) / 1e6, statistics.median(times)
-        rows.append([f"{width}, {2 * width}", size, median, 32 / median, f"{operations(learn) / median / peaks[dtype]:.0%}"])
+        rows.append([f"{width}, {2 * width}, {2 * width}", size, median, 32 / median, f"{operations(learn) / median / peaks[dtype]:.0%}"])
     print_table("Training, 32 latents of 16x16 a step", ["channels", "10^6 parameters", "seconds a step", "samples a second", "of the peak"], rows)
 
 

@@ -7,11 +7,10 @@
 
 Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
-with reconstructions under their originals and samples for fixed prompts; loss-STAGE.png, log-STAGE.jsonl with losses.
-The U-Net's soon looks flat: what is left nobody can guess. Trust the samples. OUT is the model. Before: sample.py."""
+with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(250, 64, 1e-3), unet=(1800, 32, 2e-3)),
+    "tiny": dict(image_size=64, max_images=8000, vae=(700, 8, 4e-3), clip=(500, 128, 5e-3), unet=(1200, 32, 2e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -32,8 +31,8 @@ def parse_args():
     p.add_argument("--grad-accum", type=int, default=1, metavar="N", help="cut a batch in N parts, to fit memory")
     p.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
-    p.add_argument("--min-snr", type=float, default=5.0, metavar="X", help="see ddpm.py; 0: off (default: %(default)s)")
-    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="see ddpm.py (default: epsilon)")
+    p.add_argument("--min-snr", type=float, metavar="X", help="see ddpm.py; 0: off (default: 5, for v_prediction off)")
+    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="see ddpm.py (tiny: v_prediction)")
     p.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped")
     p.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (%(default)s)")
     p.add_argument("--sample-every", type=int, default=250, metavar="N", help="steps between pictures (%(default)s)")
@@ -116,9 +115,11 @@ def draw(scene, rng, S):
         picture[int(y), int(x)] += bright * (235 - picture[int(y), int(x)])
     if place:
         x, y, r = rng.uniform((-0.07, 0.13, 0.055), (0.07, 0.27, 0.075))
-        distance = np.hypot(X - x - {"left": 0.2, "middle": 0.5, "right": 0.8}[place], Y - y)
-        picture = mix(picture, disc, (0.3 if night else 0.65) * np.exp(-(distance / (2.2 * r)) ** 1.3))
-        picture = mix(picture, disc, inside(r - distance))
+        x += {"left": 0.2, "middle": 0.5, "right": 0.8}[place]
+        d = np.hypot(X - x, Y - y) / r                             # from its centre, in radii
+        picture = mix(picture, disc, (0.15 if night else 0.35) * (np.exp(-(d / 6) ** 2) + np.exp(-(d / 2.2) ** 1.3)))
+        picture = mix(picture, disc, inside(r - r * d))
+        light = light * (0.9 + 0.35 * np.exp(-((X - x) / 0.3) ** 2))[..., None]     # brightest below it
     if "clouds" in extras or storm:
         puffs = (noise(rng, c, c, (2, 7), 4) * (0.9 if storm else 1.6) + 0.1).clip(0, 0.85)
         picture = mix(picture, disc if storm else 0.35 * horizon + 166 * light ** 0.6, puffs * high ** 0.35)
@@ -126,8 +127,10 @@ def draw(scene, rng, S):
     for z in np.linspace(0, 1, 3 if land == "mountains" else 4):
         base, slope = ground + 0.30 * z, 0.0
         if land == "mountains":                                    # straight between the knots: jagged
-            crest = noise(rng, c, octaves=6, gain=0.52, smooth=False)
-            top, slope = base - (0.20 - 0.08 * z) * (0.5 + 0.6 * crest), np.gradient(crest, c) * 0.05
+            crest, rough = (noise(rng, c, first=(n, 0), octaves=2, smooth=False) for n in (4, 24))
+            top = base - (0.20 - 0.08 * z) * (0.5 + 0.6 * crest + 0.08 * rough)
+            flank = X + 0.5 * (Y - top).clip(0) * noise(rng, c, c, (3, 8), 2, smooth=False)        # winds down
+            slope = 0.12 * np.interp(flank, c, np.gradient(crest, c))                              # lit, or in shadow
         elif land == "hills":
             top = base - 0.09 * noise(rng, c, octaves=3, gain=0.35)
         elif land == "dunes":                                      # long windward slopes, short lee slopes in shadow
@@ -306,23 +309,21 @@ def set_aside(out, stages, resume):
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
-    """Train model for the stage's steps. loss_of(model, pixels, indices, generators) -> (loss, {name: number}): worker
-    processes prepare the pixels; each picture has its generator. show(average, step): draw, for a person to judge.
-    keep(average): hand the averaged model on -> write(folder), which saves it."""
-    (steps, batch_size, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
+    """Train model for the stage's steps. loss_of(model, pixels, indices, generators: each picture's own) -> (loss, its
+    parts); show(average, step) draws, for a person to judge; keep(average) hands it on -> write(folder), to save it."""
+    (steps, B, peak), unet_steps = PRESETS[args.preset][stage], PRESETS[args.preset]["unet"][0]
     steps = max(1, (args.steps or unet_steps) * steps // unet_steps) if args.stage == "all" else args.steps or steps
-    batch_size, peak = args.batch_size or batch_size, args.lr or (1e-5 if args.init else peak)     # --init: gently
-    size = batch_size // (args.grad_accum * WORLD)                 # of what one process takes in at once
-    settings, path = args.settings | dict(steps=steps), f"{args.out}/train_state/{stage}.pt"
-    learner = Learner(model.to(args.device), loss_of, args.dtype, settings, stage)
+    B, peak = args.batch_size or B, args.lr or (1e-5 if args.init else peak)        # --init: gently
+    size, path = B // (args.grad_accum * WORLD), f"{args.out}/train_state/{stage}.pt"       # size: of what fits at once
+    learner = Learner(model.to(args.device), loss_of, args.dtype, args.settings | dict(steps=steps), stage)
     if args.resume and os.path.exists(path):
         with blame(f"--resume: {path}"):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
     start, rows = learner.done, learner.rows
     args.compile and model.compile()
     picture_at = endless(data.n, args.seed)                        # place in the endless row -> picture: by seed alone
-    def places():                                                  # for this process, `size` of every WORLD * size
-        return (range(k, k + size) for k in range(start * batch_size + RANK * size, steps * batch_size, WORLD * size))
+    # For this process: `size` of every WORLD * size places.
+    def places(): return (range(k, k + size) for k in range(start * B + RANK * size, steps * B, WORLD * size))
     def batches(): return ([picture_at(place) for place in batch] for batch in places())
     stop = vars(args).setdefault("stop", [])                       # one list for all stages
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
@@ -348,10 +349,9 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         done, last = step + 1, step + 1 == steps or stopping
         if done % 10 == 0 or done % args.sample_every == 0 or last:
             row, sums = {name: sum(values) / len(values) for name, values in sums.items()}, {}
-            rate = (done - start) * batch_size / (time.time() - began)
-            rows.append(dict(step=done, lr=lr, samples_per_second=rate, **row))
+            rows.append(dict(step=done, lr=lr, samples_per_second=(done - start) * B / (time.time() - began), **row))
             log.write(json.dumps(rows[-1]) + "\n")
-            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in row.items()) + f" {rate:.0f}/s")
+            bar.set_postfix_str(" ".join(f"{name} {value:.3g}" for name, value in row.items()))
         if RANK == 0 and (done % args.sample_every == 0 or last):
             show(learner.average, done)
             plot(rows, f"{args.out}/loss-{stage}.png")
@@ -361,11 +361,10 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
 
 def plot(rows, path, W=640, H=360):
     """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
-    xs, ys = [row["step"] / rows[-1]["step"] for row in rows], [math.log10(max(row["loss"], 1e-9)) for row in rows]
-    sheet, low, high = Image.new("RGB", (W, H), "white"), min(ys), max(ys) + 1e-6
-    curve = [(10 + x * (W - 20), 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)]
-    ImageDraw.Draw(sheet).line(curve, "navy")
-    ImageDraw.Draw(sheet).text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}", "black")
+    ys, pen = [math.log10(max(row["loss"], 1e-9)) for row in rows], ImageDraw.Draw(sheet := Image.new("L", (W, H), 255))
+    low, high, xs = min(ys), max(ys) + 1e-6, [10 + row["step"] / rows[-1]["step"] * (W - 20) for row in rows]
+    pen.line([(x, 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)], 0)
+    pen.text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}", 0)
     sheet.save(path)
 
 # ---- The three stages, each with its `loss_of`, and the measure of the result ----------------------------------------
@@ -406,6 +405,7 @@ def train_unet(pipe, data, val, args):
     unet.config["sample_size"] = side                              # what sample.py will draw by default
     unet.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
+    min_snr = 5.0 * (schedule.prediction_type == "epsilon") if args.min_snr is None else args.min_snr
     texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for the forgotten ones
     row = {text: k for k, text in enumerate(texts)}
     def moments(indices):                                          # -> mean and log variance (B, 2*4, h, w)
@@ -417,16 +417,16 @@ def train_unet(pipe, data, val, args):
     def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents: LATENT diffusion
         x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generators).to(device)
         # Drop the caption of every tenth: one network learns eps(x_t, t, text) and eps(x_t, t). `guide` needs both.
-        texts_ = [data.captions[i] for i in data.shown[indices].tolist()]
-        rows = [0 if torch.rand((), generator=g) < 0.1 else row[text] for text, g in zip(texts_, generators)]
+        captions = (data.captions[i] for i in data.shown[indices].tolist())
+        rows = [0 if torch.rand((), generator=g) < 0.1 else row[text] for text, g in zip(captions, generators)]
         context = contexts[rows].float().to(device)                # (B, T, D)
         t = torch.cat([torch.randint(0, schedule.T, (1,), generator=g) for g in generators]).to(device)
         eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
-        losses = diffusion_loss(schedule, lambda x_t, t: unet(x_t, t, context), x0, t, eps, args.min_snr)
+        losses = diffusion_loss(schedule, lambda x_t, t: unet(x_t, t, context), x0, t, eps, min_snr)
         return losses.mean(), loss_by_time(losses, t, schedule.T)
     prompts = list(dict.fromkeys(["a landscape"] * (args.data == "landscapes") + val.captions))[:16]
     def show(unet, step):
-        pictures = generate(dataclasses.replace(pipe, unet=unet), prompts, steps=15, guidance=4.0, progress=False)
+        pictures = generate(dataclasses.replace(pipe, unet=unet), prompts, steps=15, guidance=3.0, progress=False)
         grid(pictures, 8, 128).save(f"{args.out}/samples/unet-{step:06d}.png")
     def keep(unet):
         pipe.unet = unet
@@ -449,7 +449,7 @@ def evaluate(pipe, data, val, args, n=100):
     clip, words = load_clip(judge, args.device)
     chosen = sorted({val.captions[i]: i for i in reversed(range(val.n))}.values())[:n]     # the first of each caption
     real, captions = as_pictures(val.pixels[chosen], args.device), [val.captions[i] for i in val.shown[chosen].tolist()]
-    drawn = generate(pipe, captions)
+    drawn = generate(pipe, captions, guidance=pipe.guidance)
     grid(drawn, 10, 128).save(f"{args.out}/samples/eval.png")
     drawn = torch.cat([picture_to_tensor(picture, *picture.size[::-1]) for picture in drawn])
     ids = tokenize(words, captions).to(args.device)
@@ -470,10 +470,10 @@ def main(args):
                          prediction_type=args.prediction_type) if need else Pipeline(schedule=NoiseSchedule())
     if not words:
         pipe.text_encoder, pipe.tokenizer = load_clip(args.text_encoder, args.device, "text_encoder")
-    pipe.schedule.prediction_type = args.prediction_type or pipe.schedule.prediction_type
-    native = pipe.unet.config["sample_size"] * pipe.vae.f if pipe.unet else PRESETS[args.preset]["image_size"]
-    args.image_size = args.image_size or native
-    takes = pipe.unet.config if pipe.unet else {}
+    if pipe.unet is None:                                          # a new one; why: see diffusion_loss
+        pipe.schedule.prediction_type = args.prediction_type or ("v_prediction" if args.preset == "tiny" else "epsilon")
+    takes, preset = pipe.unet.config if pipe.unet else {}, PRESETS[args.preset]
+    args.image_size = args.image_size or (takes["sample_size"] * pipe.vae.f if takes else preset["image_size"])
     if takes and (takes["in_channels"], takes["cross_attention_dim"]) != (4, pipe.text_encoder.config["hidden_size"]):
         raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
     for batch in (args.batch_size or PRESETS[args.preset][stage][1] for stage in todo if stage != "eval"):

@@ -199,8 +199,8 @@ class UpBlock(nn.Module):
 
 # What train.py builds, see its --preset.
 UNET_SIZES = {
-    "tiny": dict(block_out_channels=(64, 128), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
-                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    "tiny": dict(block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+                 down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
                  addition_embed_type="text", addition_embed_type_num_heads=4),
     "base": dict(block_out_channels=(128, 256, 512), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
                  addition_embed_type="text", addition_embed_type_num_heads=8),
