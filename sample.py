@@ -1,6 +1,6 @@
 """Text to picture: load a model, encode the prompt, denoise, decode, save. Before this file: unet.py. Then: train.py.
 
-The whole of it in five lines; `generate` says the same at length. (From Python: load_pipeline, generate, save_pipeline.)
+The whole of it in five lines; `generate` says the same at length (from Python: load_pipeline, generate, save_pipeline):
 
     context = text_encoder(tokenize(prompt))              what to draw                                  (1, T, D)
     z = randn(1, 4, H/f, W/f)                             start from pure noise

@@ -8,9 +8,9 @@
 Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
-import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time
+import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time, timeit
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(700, 8, 4e-3), clip=(500, 128, 5e-3), unet=(1200, 32, 2e-3)),
+    "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(500, 128, 5e-3), unet=(1800, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -104,10 +104,8 @@ def draw(scene, rng, S):
     zenith, horizon, light, disc, far, near = (np.array(v, float) for v in SKIES[sky][1:] + LANDS[land][1:])
     light, ground, night, storm = light / 255, 0.60 + rng.uniform(-0.04, 0.04), sky == "night", sky == "storm"
     X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
-    def mix(picture, colour, amount):                              # lay a colour over the picture, amount in [0, 1]
-        return picture + (colour - picture) * np.asarray(amount)[..., None]
-    def inside(distance):                                          # 1 where distance > 0, 0 elsewhere, one pixel soft
-        return (distance * S + 0.5).clip(0, 1)
+    def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]
+    def inside(distance): return (distance * S + 0.5).clip(0, 1)   # 1 where distance > 0, 0 elsewhere, one pixel soft
     # Sky: a gradient, stars, the sun or the moon in its glow, clouds.
     high = (1 - Y / ground).clip(0, 1)
     picture = mix(horizon, zenith, high ** 0.8)
@@ -173,13 +171,11 @@ class Landscapes:
     20,000; "val": 3,000 others of the same kinds; "novel": 3,000 joining a sky and a land that "train" never joins."""
     def __init__(self, image_size=64, split="train"):
         self.image_size, self.split = image_size, ("train", "val", "novel").index(split)
-    def __len__(self):
-        return 3000 if self.split else 20000
+    def __len__(self): return 3000 if self.split else 20000
     def plan(self, i):
         """Scene i: its choices, its caption (all of it, some, or just "a landscape"), the generator to draw it with."""
         rng = np.random.default_rng((self.split, range(len(self))[i]))              # IndexError beyond
-        def say(words):
-            return str(rng.choice(words.split("|")))
+        def say(words): return str(rng.choice(words.split("|")))
         pairs = [(sky, land) for sky in SKIES for land in LANDS if ((sky, land) in NOVEL) == (self.split == 2)]
         sky, land = pairs[rng.integers(len(pairs))]
         place = [*PLACES, None][rng.choice(4, p=(0.27, 0.27, 0.27, 0.19))] if sky != "storm" else None
@@ -231,8 +227,7 @@ class ImageFolder:
                 print(f"train.py: --data {root}: {len(odd)} {what}: {sorted(odd)[:20]}", file=sys.stderr)
         if not self.paths:
             raise BadInput(f"--data {root}: no such folder, or no readable picture in it (.png, ...), nor in --out")
-    def __len__(self):
-        return len(self.paths)
+    def __len__(self): return len(self.paths)
     def caption(self, i):
         """The caption of picture i, without opening it."""
         stem = os.path.splitext(self.paths[i])[0]
@@ -489,8 +484,12 @@ def main(args):
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
+    x, w = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)  # the usual run takes as long as so many of these
+    took = min(timeit.repeat(lambda: torch.conv2d(x, w, padding=1), number=1, repeat=9)) * (args.steps or 1800) / 1800
+    usual = [args.preset, args.stage, args.image_size, args.batch_size, args.device.type, args.dtype]
+    about = f"; about {took * 1600:.0f} minutes" * (usual == ["tiny", "all", 64, None, "cpu", torch.float32])
     RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
-          f"{str(args.dtype)[6:]}; the model goes to {plain(args.out)}/")
+          f"{str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)
