@@ -18,7 +18,7 @@ x_0 itself, DDPM drew worse, section 3.2: an error there weighs differently at e
 Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
 posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a
 weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2
-(Eq. 12). With all weights 1, the simple loss (Eq. 14) spends more on large t, which decide a picture: it draws better.
+(Eq. 12). All weights 1, the simple loss (Eq. 14) spends more on large t than the bound does, and it draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
@@ -157,10 +157,10 @@ class NoiseSchedule:
 def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     """Algorithm 1 of DDPM for given t (B,) and noise like x0 (B, ...) -> one loss per example (B,).
 
-    model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None or 0 is the plain Eq. 14.
-    In eps, an error in x_0 counts SNR(t) times, as Eq. 4 says: 1,175 at the first t, 0.005 at the last: all for detail.
-    Min-SNR counts it min(SNR(t), gamma) times (Hang et al., section 3). Plain v counts it SNR(t) + 1 times, so also
-    where noise is nearly all and layouts are decided: 600 steps in, suns stand where prompts say in 100 %, not 55 %."""
+    model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None or 0: Eq. 14 as it is.
+    How much does an error in x_0 count? In eps SNR(t) times, as Eq. 4 says: 1,175 at the first t, 0.005 at the last.
+    With min-SNR min(SNR(t), gamma) times (Hang et al., section 3). In plain v SNR(t) + 1 times, so once at least, where
+    noise is nearly all and layouts are decided: 600 steps in, 100 % of suns stand where prompts say; min-SNR: 55 %."""
     x_t = schedule.q_sample(x0, t, noise)                                                          # Eq. 4
     v_prediction = schedule.prediction_type == "v_prediction"
     target = schedule.velocity(x0, t, noise) if v_prediction else noise
@@ -242,8 +242,8 @@ class Learner:
     """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.
 
     Muon takes the matrices inside; AdamW the rest: gains and biases, which have no directions to even out, embeddings,
-    first and last layers. `average` is the weights' moving average (EMA), in a long run over the last 200 steps, fewer
-    at first: the jitter of single steps cancels out, and what is drawn with it is better.
+    all that embeds time and text, first and last layers. `average` is the weights' moving average (EMA), in a long run
+    over the last 200 steps, fewer at first: the jitter of single steps cancels out, and what is drawn is better.
     float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
     loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
     def __init__(self, model, loss_of, dtype=torch.float32, settings=(), name="learning"):
@@ -360,7 +360,7 @@ def ddpm(schedule, model, x, times, randn=torch.randn_like):
 def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
     """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
 
-    Training (Eq. 14) never saw q(x_t | x_{t-1}), only q(x_t | x_0), so any process with those marginals may walk back.
+    Training (DDPM's Eq. 14) saw q(x_t | x_0) alone, not q(x_t | x_{t-1}): any process that has those may walk back.
     This one needs no fresh noise (eta = 0): long strides work, the start alone decides the picture. eta = 1 is DDPM."""
     end = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar[0].item()
     for t, t_prev in times:

@@ -5,7 +5,7 @@ The whole of it in five lines; `generate` says the same at length (from Python: 
     context = text_encoder(tokenize(prompt))              what to draw                                  (1, T, D)
     z = randn(1, 4, H/f, W/f)                             start from pure noise
     for t, t_prev in times:                               from noisy to clean, `steps` times
-        z = sampler_step(z, guided(unet, z, t, context))  take out some of the noise that the U-Net sees
+        z = sampler_step(z, guided(unet, context)(z, t))  take out some of the noise that the U-Net sees
     picture = vae.decode(z / vae.scaling_factor)          from latent to pixels                         (1, 3, H, W)"""
 import argparse, contextlib, dataclasses, io, json, os, pathlib, re, shutil, sys, tempfile, warnings
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
@@ -20,7 +20,7 @@ def parse_args():
     p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: the model's, or 7.5)")
+    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: 7.5; our own: 3)")
     p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
@@ -300,7 +300,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     texts = list(dict.fromkeys((negative_prompt, *prompts)))       # each once
     for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in texts)):
         warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
-    # How large? Drawn at the next multiple of f, with the init image's edges repeated, then cropped.
+    # How large? Drawn at the next multiple of f, the init image's edges repeated; cropped; pasted at `finished`.
     native = (config["sample_size"] or 64) * f
     own = (width or native, height or native) if init_image is None else init_image.size
     if mask_image is not None and not 0.98 < own[0] * mask_image.height / (own[1] * mask_image.width) < 1.02:
@@ -312,9 +312,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     height, width = (round(n * scale) if side is None else side for n, side in ((own[1], height), (own[0], width)))
     if not f <= min(height, width) <= max(height, width) <= 2 ** 14:
         raise BadInput(f"--width {width} x --height {height}: each takes {f} to {2 ** 14} pixels")
-    h, w = -(-height // f), -(-width // f)
+    _, h, w = shape = config["out_channels"], -(-height // f), -(-width // f)
     left, top = (w * f - width) // 2, (h * f - height) // 2
-    shape = (config["out_channels"], h, w)
     assert latents is None or latents.shape == (len(prompts), *shape), f"{tuple(latents.shape)} should be B, {shape}"
     def pixels(image):                                             # PIL -> (1, 3, h*f, w*f) in [-1, 1]
         edges = (left, w * f - width - left, top, h * f - height - top)
@@ -373,9 +372,9 @@ def main(args):
     with blame(f"--output {args.output}: it takes a folder to write to and a name that ends like .png"):
         Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[ext.lower()])     # can it be written?
         assert ext.lower() != ".gif" and os.access(folder or ".", os.W_OK | os.X_OK) and not os.path.isdir(args.output)
-    box = os.path.relpath(pathlib.Path(__file__).resolve().parent / "assets" / "model")     # comes with these files
-    args.model = args.model or (box if os.path.isdir(box) and not os.path.isdir("out/unet") else "out")
-    print(f"sample.py: drawing with the model in {plain(args.model)}", file=sys.stderr)
+    if not args.model:                                             # what was trained here, or what comes with this file
+        box = os.path.relpath(pathlib.Path(__file__).resolve().parent / "assets" / "model")
+        args.model = "out" if settle("out") or os.path.isdir("out/unet") or not os.path.isdir(box) else box
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
     args.guidance = pipe.guidance if args.guidance is None else args.guidance
     args.compile and pipe.unet.compile()
@@ -394,6 +393,7 @@ def main(args):
             gif[0].save(f"{to}/{stem}.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 10, duration=100, loop=0)
         for each in (names := names + [f"{stem}.gif"] * args.gif): # whole, or not at all
             os.replace(os.path.join(to, each), os.path.join(folder, each))
+    print(f"sample.py: drawn by the model in {plain(args.model)}", file=sys.stderr)
     print("\n".join(plain(os.path.join(folder, name)) for name in names))
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from collections import OrderedDict
 import diffusers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -1499,12 +1500,12 @@ def test_which_model_draws_and_how_strictly(saved, trained, tmp_path, monkeypatc
     (tmp_path / "out").mkdir()                                     # a training run has only begun
     status, out, err = command("sample.py", "fog", "--steps", 1)
     box = os.path.join("repository", "assets", "model")
-    assert status == 0 and f"drawing with the model in {box}\n" in err and out == "out.png\n", err
+    assert status == 0 and f"drawn by the model in {box}\n" in err and out == "out.png\n", err
     assert ", CFG scale: 7.5, " in Image.open(tmp_path / "out.png").text["parameters"]
     assert sample.read_parameters(tmp_path / "out.png")["model"] == box
     shutil.copytree(trained / "out", tmp_path / "out", dirs_exist_ok=True)
     status, _, err = command("sample.py", "fog", "--steps", 1)
-    assert status == 0 and "drawing with the model in out\n" in err
+    assert status == 0 and "drawn by the model in out\n" in err
     assert ", CFG scale: 3.0, " in Image.open(tmp_path / "out.png").text["parameters"]
     assert command("sample.py", "fog", "--steps", 1, "--guidance", 4)[0] == 0
     assert ", CFG scale: 4.0, " in Image.open(tmp_path / "out.png").text["parameters"]
@@ -1518,6 +1519,40 @@ def test_the_small_model_predicts_v_unless_told_otherwise(trained, tmp_path, com
     shutil.copytree(trained / "out", tmp_path / "out")
     assert command("train.py", "--stage", "unet", *TINY_RUN, "--prediction-type", "epsilon")[0] == 0
     assert load_pipeline(str(tmp_path / "out")).schedule.prediction_type == "epsilon"
+
+
+def test_the_model_in_the_box_draws_what_it_is_told():
+    """Small, in half precision, diffusers' own layout; and what it draws has the colours of what the prompt names."""
+    box = os.path.join(HERE, "assets/model")
+    files = [os.path.join(at, name) for at, _, names in os.walk(box) for name in names]
+    assert sum(map(os.path.getsize, files)) <= 16e6 and not any("train_state" in path for path in files)
+    weights = safetensors.torch.load_file(f"{box}/unet/diffusion_pytorch_model.safetensors")
+    assert {x.dtype for x in weights.values()} == {torch.float16}
+    pipe = load_pipeline(box)
+    x = torch.stack([Landscapes(64, "val")[i][0] for i in range(32)])
+    with torch.no_grad():
+        assert psnr(pipe.vae, x) > 32
+    prompts = ["a starry night over hills", "a clear day over dunes", "a clear day over a forest, the sun on the left",
+               "a clear day over a forest, the sun on the right"]
+    night, dunes, left, right = (np.asarray(picture, float) for picture in generate(
+        pipe, prompts, guidance=pipe.guidance, seed=5, progress=False))
+    assert night.mean() < 60 and dunes[:16, :, 2].mean() > dunes[:16, :, 0].mean() + 40                    # a blue sky
+    assert dunes[48:, :, 0].mean() > dunes[48:, :, 2].mean() + 20                                          # yellow sand
+    brightest = [picture[:30].mean(axis=(0, 2)).argmax() for picture in (left, right)]
+    assert brightest[0] < 24 and brightest[1] > 40, brightest
+    theirs = theirs_from(box, "dpmpp")(prompts[0], guidance_scale=3.0, num_inference_steps=10,
+                                       latents=(latents := torch.randn(1, 4, 16, 16))).images
+    assert decibel(generate(pipe, prompts[0], guidance=3.0, steps=10, latents=latents, progress=False), theirs) > 45
+
+
+def test_the_usual_run_says_how_long_it_will_take(tmp_path, command):
+    """Of other runs it is not known, and nothing is said."""
+    def about(*flags):
+        status, out, err = command("train.py", "--max-images", 24, "--dtype", "float32", *flags)
+        assert status == 0, err
+        return re.findall(r"; about (\d+) minutes; the model goes to out/", out)
+    assert about("--steps", 1) == ["0"] and about("--steps", 1, "--image-size", 32) == []
+    assert about("--steps", 1, "--batch-size", 4) == [] and about("--steps", 1, "--stage", "vae") == []
 
 
 def test_latents_have_unit_variance(trained):
@@ -2251,7 +2286,7 @@ def test_bad_commands_end_in_one_line_and_write_nothing(saved, tmp_path, command
 
 
 @pytest.mark.parametrize("script, arguments, flag", [
-    ("train.py", ["--data", "nowhere"], "--data"), ("sample.py", ["x"], "python train.py"),
+    ("train.py", ["--data", "nowhere"], "--data"), ("sample.py", ["x", "--model", "out"], "python train.py"),
     ("sample.py", ["x", "--model", "MODEL", "--steps", "0"], "--steps"), ("train.py", ["--lr", "nan"], "--lr")])
 def test_bad_input_ends_with_status_2_and_names_the_flag(saved, tmp_path, script, arguments, flag):
     """A few of them in a process of their own."""

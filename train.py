@@ -40,7 +40,7 @@ def parse_args():
     p.add_argument("--workers", type=int, default=1, metavar="N", help="processes that prepare pictures (default: 1)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
     p.error = lambda message: p.exit(2, f"train.py: {message}\n")   # one line, without the usage
     args = p.parse_args()
     for flag, value in vars(args).items():
@@ -104,14 +104,14 @@ def draw(scene, rng, S):
     zenith, horizon, light, disc, far, near = (np.array(v, float) for v in SKIES[sky][1:] + LANDS[land][1:])
     light, ground, night, storm = light / 255, 0.60 + rng.uniform(-0.04, 0.04), sky == "night", sky == "storm"
     X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
-    def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]
+    def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]    # 0 to 1
     def inside(distance): return (distance * S + 0.5).clip(0, 1)   # 1 where distance > 0, 0 elsewhere, one pixel soft
     # Sky: a gradient, stars, the sun or the moon in its glow, clouds.
     high = (1 - Y / ground).clip(0, 1)
     picture = mix(horizon, zenith, high ** 0.8)
     x, y, bright = rng.uniform((0, 0, 0.3), (1, 0.6, 1), (30 * night, 3)).T[..., None]
-    points = (bright * np.exp(-((c - y) / 0.011) ** 2)).T @ np.exp(-((c - x) / 0.011) ** 2)
-    picture = mix(picture, 235, points.clip(0, 1))                 # round, whatever S
+    rows, columns = (np.exp(-((c - at) / max(0.011, 0.7 / S)) ** 2) for at in (y, x))
+    picture = mix(picture, 235, ((bright * rows).T @ columns).clip(0, 1))           # round points, whatever S
     if place:
         x, y, r = rng.uniform((-0.07, 0.13, 0.055), (0.07, 0.27, 0.075))
         x += {"left": 0.2, "middle": 0.5, "right": 0.8}[place]
@@ -129,7 +129,7 @@ def draw(scene, rng, S):
             crest, rough = (noise(rng, c, first=(n, 0), octaves=2, smooth=False) for n in (4, 24))
             top = base - (0.20 - 0.08 * z) * (0.5 + 0.6 * crest + 0.08 * rough)
             flank = X + 0.5 * (Y - top).clip(0) * noise(rng, c, c, (3, 8), 2, smooth=False)        # winds down
-            slope = 0.12 * np.interp(flank, c, np.gradient(crest, c))                              # lit, or in shadow
+            slope = 0.12 * np.interp(flank, c, np.gradient(crest, c))                              # lit from the left
         elif land == "hills":
             top = base - 0.09 * noise(rng, c, octaves=3, gain=0.35)
         elif land == "dunes":                                      # long windward slopes, short lee slopes in shadow
@@ -317,8 +317,8 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
     start, rows = learner.done, learner.rows
     args.compile and model.compile()
-    picture_at = endless(data.n, args.seed)                        # place in the endless row -> picture: by seed alone
-    # For this process: `size` of every WORLD * size places.
+    picture_at = endless(data.n, args.seed)                        # place in the endless row -> picture
+    # Three rows side by side, an entry for each part of a batch that this process has: pixels, which they are, chances.
     def places(): return (range(k, k + size) for k in range(start * B + RANK * size, steps * B, WORLD * size))
     def batches(): return ([picture_at(place) for place in batch] for batch in places())
     stop = vars(args).setdefault("stop", [])                       # one list for all stages
@@ -357,9 +357,9 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
 
 def plot(rows, path, W=640, H=360):
     """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
-    ys, pen = [math.log10(max(row["loss"], 1e-9)) for row in rows], ImageDraw.Draw(sheet := Image.new("L", (W, H), 255))
-    low, high, xs = min(ys), max(ys) + 1e-6, [10 + row["step"] / rows[-1]["step"] * (W - 20) for row in rows]
-    pen.line([(x, 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)], 0)
+    xs, ys = [row["step"] / rows[-1]["step"] for row in rows], [math.log10(max(row["loss"], 1e-9)) for row in rows]
+    low, high, pen = min(ys), max(ys) + 1e-6, ImageDraw.Draw(sheet := Image.new("L", (W, H), 255))
+    pen.line([(10 + x * (W - 20), 30 + (high - y) / (high - low) * (H - 40)) for x, y in zip(xs, ys)], 0)
     pen.text((10, 5), f"loss: {10 ** high:.3g} (top) to {10 ** low:.3g}", 0)
     sheet.save(path)
 
@@ -400,8 +400,8 @@ def train_unet(pipe, data, val, args):
     unet = pipe.unet or UNet(**UNET_SIZES[args.preset], cross_attention_dim=width, sample_size=side)
     unet.config["sample_size"] = side                              # what sample.py will draw by default
     unet.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
-    # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
     min_snr = 5.0 * (schedule.prediction_type == "epsilon") if args.min_snr is None else args.min_snr
+    # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
     texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for the forgotten ones
     row = {text: k for k, text in enumerate(texts)}
     def moments(indices):                                          # -> mean and log variance (B, 2*4, h, w)
@@ -412,7 +412,7 @@ def train_unet(pipe, data, val, args):
                     lambda rows: encode_prompts(pipe, [texts[r] for r in rows]), args.out, 8)
     def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents: LATENT diffusion
         x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generators).to(device)
-        # Drop the caption of every tenth: one network learns eps(x_t, t, text) and eps(x_t, t). `guide` needs both.
+        # Drop the caption of every tenth: one network learns to answer with and without text. `guide` needs both.
         captions = (data.captions[i] for i in data.shown[indices].tolist())
         rows = [0 if torch.rand((), generator=g) < 0.1 else row[text] for text, g in zip(captions, generators)]
         context = contexts[rows].float().to(device)                # (B, T, D)
@@ -422,7 +422,7 @@ def train_unet(pipe, data, val, args):
         return losses.mean(), loss_by_time(losses, t, schedule.T)
     prompts = list(dict.fromkeys(["a landscape"] * (args.data == "landscapes") + val.captions))[:16]
     def show(unet, step):
-        pictures = generate(dataclasses.replace(pipe, unet=unet), prompts, steps=15, guidance=3.0, progress=False)
+        pictures = generate(now := dataclasses.replace(pipe, unet=unet), prompts, "", 15, now.guidance, progress=False)
         grid(pictures, 8, 128).save(f"{args.out}/samples/unet-{step:06d}.png")
     def keep(unet):
         pipe.unet = unet
@@ -485,10 +485,10 @@ def main(args):
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
+    usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD)
     x, w = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)  # the usual run takes as long as so many of these
-    took = min(timeit.repeat(lambda: torch.conv2d(x, w, padding=1), number=1, repeat=9)) * (args.steps or 1800) / 1800
-    usual = [args.preset, args.stage, args.image_size, args.batch_size, args.device.type, args.dtype]
-    about = f"; about {took * 1550:.0f} minutes" * (usual == ["tiny", "all", 64, None, "cpu", torch.float32])
+    took = min(timeit.repeat(lambda: torch.conv2d(x, w, padding=1), number=1, repeat=20)) * (args.steps or 1800)
+    about = f"; about {took * 0.86:.0f} minutes" * (usual == ("tiny", 3, 64, None, "cpu", torch.float32, False, 1))
     RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
           f"{str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")
     for stage in todo:

@@ -1,4 +1,4 @@
-"""The U-Net: looks at a noisy latent, the time and the prompt, and says which noise was added.
+"""The U-Net: looks at a noisy latent, the time and the prompt, and says which noise was added (or v: ddpm.py).
 
     eps = unet(z_t (B, 4, h, w), t (B,), context (B, M, D)) -> (B, 4, h, w)
 
@@ -21,9 +21,9 @@ it understood below is painted at full detail above. Numbers: Stable Diffusion 1
         (cross-attention): Q = pixels, K and V = text (Rombach et al. 2022, section 3.3).
 
 Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time); Rombach et al. 2022 (with text).
-Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
-Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py.
-"""
+Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width
+(in the drawing above: transformer).
+Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py."""
 import math, os, pickle, re, unittest.mock
 import torch
 import torch.nn as nn
@@ -260,7 +260,7 @@ class UNet(nn.Module):
         assert not skips, f"{len(skips)} skips are never used"
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, channels[0], eps=norm_eps)
         self.conv_out = nn.Conv2d(channels[0], out_channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)                       # first guess: 0, no noise; Eq. 14 starts at 1
+        nn.init.zeros_(self.conv_out.weight)                       # first guess: 0; the loss of eps starts at 1
         nn.init.zeros_(self.conv_out.bias)
         self.grad_checkpoint = False
 

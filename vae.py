@@ -106,8 +106,8 @@ class ResnetBlock(nn.Module):
 
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution.
-    The published VAE pads only the right and bottom edges, the published U-Net all four. Padding the VAE evenly shifts
-    its pictures by half a pixel of the smaller one at each level: subtly wrong, and nothing says why."""
+    The published VAE pads only the right and bottom edges, the published U-Net all four: no deeper reason, but weights
+    fit one way only. Padding the VAE evenly shifts its pictures by half a small pixel a level: subtly wrong."""
     def __init__(self, channels, pad_all_sides):
         super().__init__()
         self.pad_all_sides = pad_all_sides
@@ -219,7 +219,7 @@ class DiagonalGaussian:
 
     def kl(self):
         """KL(q(z|x) || N(0, I)) in nats for each picture, (B,) (Kingma & Welling, appendix B)."""
-        # 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2): each term is smallest, zero in sum, at mu = 0 and sigma = 1.
+        # 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2): for each latent at least 0, and 0 at mu = 0, sigma = 1.
         return 0.5 * (self.mean ** 2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 class VAE(nn.Module):
@@ -308,7 +308,7 @@ class VAE(nn.Module):
 
 def vae_sizes(preset, image_size):
     """Arguments of the VAE that train.py builds for a preset."""
-    if preset == "tiny":                                           # latents of 16x16 (8x8 for pictures of 16x16)
+    if preset == "tiny":                                           # latents of about 16x16 (8x8 for pictures of 16)
         levels = max(2, round(math.log2(image_size / 16)) + 1)
         return dict(block_out_channels=(16,) * (levels - 2) + (32, 64), layers_per_block=1, norm_num_groups=4)
     return {"base": dict(block_out_channels=(64, 128, 256, 256), norm_num_groups=16), "sd15": {}}[preset]
@@ -354,7 +354,7 @@ def tensor_to_pictures(x):
     return [Image.fromarray(a) for a in x]
 
 def grid(pictures, columns=None, least=0):
-    """PIL pictures of one size, laid out in rows, and small ones enlarged to `least` pixels -> one PIL picture."""
+    """PIL pictures of one size, laid out in rows, and small ones enlarged towards `least` -> one PIL picture."""
     columns, (w, h) = columns or math.ceil(len(pictures) ** 0.5), pictures[0].size
     sheet, k = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h)), max(1, least // w)
     for i, picture in enumerate(pictures):
