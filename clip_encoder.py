@@ -193,7 +193,7 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
-        nn.init.normal_(self.token_embedding.weight, std=0.3)      # CLIP: 0.02; then 65, not 72 %, of captions found
+        nn.init.normal_(self.token_embedding.weight, std=0.3)      # CLIP: 0.02, which finds 65 % of captions, not 72
         nn.init.normal_(self.position_embedding.weight, std=0.01)  # (after 250 steps of 64)
 
     def forward(self, ids):
@@ -379,12 +379,12 @@ def build_clip(preset, image_size, captions):
 def contrastive_loss(clip, x, ids, join=lambda rows: rows):
     """Symmetric InfoNCE (Radford et al. 2021, Figure 3) of pictures x (B, 3, H, W) and captions ids (B, T)
     -> (loss, {"accuracy": how often a picture's own caption wins, "temperature": ...}).
-    join: where several processes share a batch, each row's (b, P) from all of them -> (B, P), to compete with.
+    join: where several processes share a batch, this one's rows (b, P) -> (B, P), to compete with.
 
     Every picture is asked which of the B captions is its own, every caption which of the B pictures, by cosine over a
     temperature: two classifications with the right answers on the diagonal. To win, the text tower must say everything
     that tells these pictures apart, and learns the coarse things first: after half of train.py's steps with half its
-    batch it takes left for right (37 % right of three), later it does not (98 %). Equal captions are all right ones."""
+    batch it mixes up left and right (37 % correct of three), later not (98 %). Equal captions do not compete."""
     scale = clip.logit_scale.clamp(max=math.log(100)).exp()                         # the paper's limit, section 2.5
     images, texts, ids = join(clip.encode_image(x)), join(clip.encode_text(ids)), join(ids)
     logits = scale * images @ texts.T                              # (B, B): picture i, caption j

@@ -49,7 +49,7 @@ class NoiseSchedule:
                              f"steps_offset = {steps_offset} are no schedule")
         if beta_schedule == "linear":                              # DDPM, section 4
             beta = torch.linspace(beta_start, beta_end, T, dtype=torch.float64)
-        elif beta_schedule == "scaled_linear":                     # Stable Diffusion
+        elif beta_schedule == "scaled_linear":                     # Stable Diffusion: slower at first
             beta = torch.linspace(beta_start ** 0.5, beta_end ** 0.5, T, dtype=torch.float64) ** 2
         elif beta_schedule in ("cosine", "squaredcos_cap_v2"):     # Nichol & Dhariwal, Eq. 17; betas clipped at 0.999
             f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -242,7 +242,7 @@ class Learner:
     """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.
 
     Muon takes the matrices inside; AdamW the rest: gains and biases, which have no directions to even out, embeddings,
-    all that embeds time and text, first and last layers. `average` is the weights' moving average (EMA), in a long run
+    what embeds time and text, first and last layers. `average` is the weights' moving average (EMA), in a long run
     over the last 200 steps, fewer at first: the jitter of single steps cancels out, and what is drawn is better.
     float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
     loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
@@ -309,9 +309,9 @@ class Learner:
 def guide(cond, uncond, w):
     """Classifier-free guidance, w * (cond - uncond) + uncond (Ho & Salimans 2022, Eq. 6, their weight being w - 1).
 
-    w = 0 leaves the prompt out, w = 1 is the plain conditional model, w > 1 exaggerates what a prompt adds. It stands
-    in for the gradient of a classifier p(prompt | x_t), which guided earlier models and had to be trained on noisy
-    pictures: by Bayes' rule that gradient is, up to scale, cond - uncond. Hence the captions dropped in train_unet."""
+    w = 0 leaves the prompt out, w = 1 is the plain conditional model, w > 1 exaggerates what a prompt adds. A negative
+    prompt stands for none, in uncond. Earlier models followed the gradient of a classifier, log p(prompt|x_t), trained
+    on noisy pictures: by Bayes' rule it is, up to scale, cond - uncond. Hence the captions dropped in train_unet."""
     return w * (cond - uncond) + uncond
 
 def guided(unet, context, w, seen=None):
@@ -360,7 +360,7 @@ def ddpm(schedule, model, x, times, randn=torch.randn_like):
 def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
     """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
 
-    Training (DDPM's Eq. 14) saw q(x_t | x_0) alone, not q(x_t | x_{t-1}): any process that has those may walk back.
+    Training (DDPM's Eq. 14) saw q(x_t | x_0) alone, not q(x_t | x_{t-1}): any process with those marginals will do.
     This one needs no fresh noise (eta = 0): long strides work, the start alone decides the picture. eta = 1 is DDPM."""
     end = 1.0 if schedule.set_alpha_to_one else schedule.alpha_bar[0].item()
     for t, t_prev in times:

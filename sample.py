@@ -5,7 +5,7 @@ The whole of it in five lines; `generate` says the same at length (from Python: 
     context = text_encoder(tokenize(prompt))              what to draw                                  (1, T, D)
     z = randn(1, 4, H/f, W/f)                             start from pure noise
     for t, t_prev in times:                               from noisy to clean, `steps` times
-        z = sampler_step(z, guided(unet, context)(z, t))  take out some of the noise that the U-Net sees
+        z = step(z, guided(unet, context, w)(z, t))       take out some of the noise that the U-Net sees
     picture = vae.decode(z / vae.scaling_factor)          from latent to pixels                         (1, 3, H, W)"""
 import argparse, contextlib, dataclasses, io, json, os, pathlib, re, shutil, sys, tempfile, warnings
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
@@ -16,18 +16,18 @@ def parse_args():
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; several prompts draw several pictures")
     p.add_argument("--model", help="folder, hub id, single .safetensors or .ckpt (default: out, else assets/model)")
     p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for a single file (default: OpenAI's, from the hub)")
-    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="if the model's files do not tell")
+    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="instead of what the files tell")
     p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
-    p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
+    p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw (not with --guidance 1)")
     p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: 7.5; our own: 3)")
+    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: 7.5; small models: 3)")
     p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
     p.add_argument("--height", type=int, help="in pixels (default: as the model was trained, or as the init image)")
     p.add_argument("--width", type=int, help="in pixels (default: likewise)")
     p.add_argument("--init-image", metavar="FILE", help="start from this picture instead of from noise")
-    p.add_argument("--strength", type=float, default=0.8, help="how far to leave the init image: 0 to 1 (default: 0.8)")
+    p.add_argument("--strength", type=float, default=0.8, help="how far to leave the init image, up to 1 (default 0.8)")
     p.add_argument("--mask", metavar="FILE", help="with --init-image: redraw only where this picture is white")
     p.add_argument("--tile", action="store_true", help="decode in tiles: large pictures in less memory")
     p.add_argument("--output", default="out.png", metavar="FILE", help="where to put the picture (default: out.png)")
@@ -300,7 +300,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
     texts = list(dict.fromkeys((negative_prompt, *prompts)))       # each once
     for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in texts)):
         warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
-    # How large? Drawn at the next multiple of f, the init image's edges repeated; cropped; pasted at `finished`.
+    # How large? Drawn at the next multiple of f, the init image's edges repeated; then cropped, pasted at `finished`.
     native = (config["sample_size"] or 64) * f
     own = (width or native, height or native) if init_image is None else init_image.size
     if mask_image is not None and not 0.98 < own[0] * mask_image.height / (own[1] * mask_image.width) < 1.02:

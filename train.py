@@ -20,7 +20,7 @@ def parse_args():
     p.add_argument("--stage", choices=["all", "vae", "clip", "unet", "eval"], default="all")
     p.add_argument("--data", default="landscapes", metavar="DIR", help="folder of pictures (default: drawn landscapes)")
     p.add_argument("--out", default="out", metavar="DIR", help="where the model goes (default: out)")
-    p.add_argument("--init", metavar="MODEL", help="start from this model; train its U-Net, keep its VAE and words")
+    p.add_argument("--init", metavar="MODEL", help="start from this model; by default only its U-Net learns")
     p.add_argument("--text-encoder", default="scratch", metavar="DIR|HUB_ID", help="a published CLIP's; eval: judge")
     p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="words for an --init that is a single file")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: CPU; base: one GPU; sd15: published sizes")
@@ -202,7 +202,7 @@ class Landscapes:
 class ImageFolder:
     """Pictures below root, but for those in `out`: [i] -> (picture (3, S, S) float32 in [-1, 1], caption), cropped to
     squares, never stretched. The caption is what is there first: its line in root/metadata.jsonl or .csv (file_name,
-    text); the text beside it (a.txt or a.caption for a.jpg); its folder's name; its own. Every 20th picture is "val",
+    text); the text beside it (a.txt, a.caption for a.jpg); its subfolder's name; its own. Every 20th picture is "val",
     not "train". What cannot be used is told once. BadInput if nothing can; ValueError from [i] if it is broken."""
     def __init__(self, root, image_size=64, split="train", out=""):
         drawn, lost = [os.path.abspath(f"{out}/{name}") for name in ("", "samples") if out], []     # training's own
@@ -252,7 +252,7 @@ class Kept:
         self.done = torch.zeros(n, dtype=torch.bool).share_memory_()
         if size * dtype.itemsize < 2 ** 33:
             with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as f:
-                if hasattr(os, "posix_fallocate"):                 # no room on the disk? Say so now: a map cannot
+                if hasattr(os, "posix_fallocate"):                 # no room on the disk? Then keep nothing
                     os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
                 self.rows = torch.from_numpy(np.memmap(f, str(dtype)[6:], "r+", shape=(n, *shape)))
     def __getitem__(self, indices):
@@ -318,7 +318,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     start, rows = learner.done, learner.rows
     args.compile and model.compile()
     picture_at = endless(data.n, args.seed)                        # place in the endless row -> picture
-    # Three rows side by side, an entry for each part of a batch that this process has: pixels, which they are, chances.
+    # Side by side, for each part of a batch of this process: its pixels, its indices, its random generators.
     def places(): return (range(k, k + size) for k in range(start * B + RANK * size, steps * B, WORLD * size))
     def batches(): return ([picture_at(place) for place in batch] for batch in places())
     stop = vars(args).setdefault("stop", [])                       # one list for all stages
@@ -402,7 +402,7 @@ def train_unet(pipe, data, val, args):
     unet.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     min_snr = 5.0 * (schedule.prediction_type == "epsilon") if args.min_snr is None else args.min_snr
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
-    texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for the forgotten ones
+    texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for dropped ones
     row = {text: k for k, text in enumerate(texts)}
     def moments(indices):                                          # -> mean and log variance (B, 2*4, h, w)
         q = vae.encode(as_pictures(data.pixels[indices], device))
