@@ -37,7 +37,7 @@ from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
 from unet import UNET_SIZES, UNet, pick_device
-from vae import VAE, Conv, DiagonalGaussian, attend, picture_to_tensor, psnr, vae_loss, vae_sizes
+from vae import VAE, Conv, DiagonalGaussian, Discriminator, attend, picture_to_tensor, psnr, vae_loss, vae_sizes
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 torch.manual_seed(0)
@@ -280,6 +280,28 @@ def test_negative_elbo_is_squared_error_plus_weighted_kl():
     assert losses[0.0] == pytest.approx(((redrawn - x) ** 2).mean().item(), rel=1e-5)
     per_number = vae.encode(x).kl().sum().item() / vae.encode(x).mean.numel()
     assert losses[1.0] - losses[0.5] == pytest.approx(0.5 * per_number, rel=1e-3)
+
+
+def test_the_discriminator_is_taught_by_pictures_and_teaches_the_decoder():
+    vae, judge, x = shake(VAE.from_config(SMALL_VAE)), Discriminator(8), torch.rand(2, 3, 32, 32) * 2 - 1
+    assert judge(x).shape == (2, 1, 8, 8)
+    both, last = [*vae.parameters(), *judge.parameters()], vae.decoder.conv_out.weight
+
+    def gradients(weight):
+        return dict(zip(both, torch.autograd.grad(vae_loss(
+            vae, x, 0.0, torch.Generator().manual_seed(0), judge, weight)[0], both)))
+    redrawn = vae.decode(vae.encode(x).sample(torch.Generator().manual_seed(0)))
+    rec, fooled = torch.nn.functional.mse_loss(redrawn, x), -judge(redrawn).mean()
+    at_last = [torch.autograd.grad(term, last, retain_graph=True)[0] for term in (rec, fooled)]
+    hinge = (1 - judge(x)).clamp(min=0).mean() + (1 + judge(redrawn.detach())).clamp(min=0).mean()
+    off, on = gradients(0.0), gradients(0.5)
+    for p, wanted in zip(judge.parameters(), torch.autograd.grad(hinge, list(judge.parameters()))):
+        assert torch.allclose(off[p], wanted, atol=1e-6) and torch.allclose(on[p], wanted, atol=1e-6)
+    assert torch.allclose(off[last], at_last[0], atol=1e-7)        # without weight the decoder takes no notice
+    extra = on[last] - off[last]                                   # with it, it is drawn to where the judge says "real"
+    assert torch.cosine_similarity(extra.flatten(), at_last[1].flatten(), dim=0) > 0.999
+    assert extra.norm() / at_last[0].norm() == pytest.approx(0.5, rel=1e-2)
+    assert all(on[p].abs().sum() > 0 for p in vae.encoder.parameters() if off[p].abs().sum() > 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2062,7 +2084,7 @@ def test_what_can_be_used_is_used_and_the_rest_is_named_once(bad_pictures, tmp_p
     assert err.count("bad_cut.png") == 1 and "left out" in err
     cut = data.paths.index("bad_cut.png")
     stand_in = data.shown[cut].item()
-    assert data.shown.tolist() == [stand_in if i == cut else i for i in range(9)] and stand_in != cut
+    assert data.shown.tolist()[:9] == [stand_in if i == cut else i for i in range(9)] and stand_in != cut
     assert torch.equal(pixels[cut], pixels[stand_in]) and data.paths[stand_in] == "c_cmyk.jpg"
 
 
@@ -2072,12 +2094,42 @@ def test_a_picture_that_vanishes_is_replaced(tmp_path, capsys):
         Image.new("RGB", (8, 8), (50 * k, 0, 0)).save(tmp_path / f"p/{k}.png")
     data = open_data(tmp_path / "p", tmp_path / "out")
     os.remove(tmp_path / "p/4.png")
-    assert data.pixels[[3, 4]][:, 0, 0, 0].tolist() == [150, 0] and data.shown.tolist() == [0, 1, 2, 3, 0]
+    assert data.pixels[[3, 4]][:, 0, 0, 0].tolist() == [150, 0]
+    assert data.shown.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9]   # 5 is 0 mirrored
     assert "4.png" in capsys.readouterr().err
     for k in range(4):
         os.remove(tmp_path / f"p/{k}.png")
     with pytest.raises(BadInput, match="--data"):
         data.pixels[[1]]
+
+
+def test_photographs_are_also_learnt_mirrored_unless_a_caption_names_a_side(tmp_path):
+    (tmp_path / "p").mkdir()
+    captions = ["a boat", "a boat on the left", "Right: a tree", "a bright, uplefted thing"]
+    for k, caption in enumerate(captions):
+        picture = Image.new("RGB", (16, 16), (60 * k, 0, 0))
+        picture.paste((255, 255, 255), (0, 0, 8, 16))              # the left half is white
+        picture.save(tmp_path / f"p/{k}.png")
+        (tmp_path / f"p/{k}.txt").write_text(caption)
+    data = open_data(tmp_path / "p", tmp_path / "out")
+    assert data.n == 8 and data.captions == captions * 2
+    x = data.pixels[list(range(8))]
+    for k, mirrored in enumerate((True, False, False, True)):
+        assert x[k, :, :, :8].min() == 255 and torch.equal(x[k + 4], x[k].flip(2) if mirrored else x[k])
+    assert open_data(tmp_path / "p", tmp_path / "out", "val").n == 4                # what measures is as it is
+    args = type("Args", (), dict(image_size=64, data="landscapes", preset="tiny", max_images=9, out=str(tmp_path)))
+    assert train.open_data(args, "train").n == 9                   # a drawn sun on the left stays there
+
+
+def test_max_images_takes_some_of_every_folder(tmp_path):
+    for name in "abcd":
+        (tmp_path / "p" / name).mkdir(parents=True)
+        for k in range(10):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"p/{name}/{k}.png")
+    args = type("Args", (), dict(image_size=16, data=str(tmp_path / "p"), preset="tiny", max_images=8,
+                                 out=str(tmp_path / "out")))
+    captions = train.open_data(args, "train").captions
+    assert len(captions) == 16 and all(2 <= captions.count(name) <= 6 for name in "abcd")
 
 
 def test_pictures_that_training_draws_are_no_data(tmp_path, command):

@@ -4,11 +4,10 @@
     python train.py --data photos/                             everything, on your own pictures
     python train.py --stage unet --init MODEL --data photos/   fine-tune any model that sample.py can load
     python train.py --stage eval                               how good is the model in out/?
-
 Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
-import argparse, contextlib, csv, dataclasses, itertools, json, math, os, shutil, signal, sys, tempfile, time, timeit
+import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
     "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(500, 128, 5e-3), unet=(1800, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -32,6 +31,7 @@ def parse_args():
     p.add_argument("--grad-checkpoint", action="store_true", help="recompute activations: less memory, more time")
     p.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
     p.add_argument("--min-snr", type=float, metavar="X", help="see ddpm.py; 0: off (default: 5, for v_prediction off)")
+    p.add_argument("--gan-weight", type=float, default=0.0, metavar="X", help="VAE: see vae_loss; 0.5 (default: 0)")
     p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="see ddpm.py (tiny: v_prediction)")
     p.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped")
     p.add_argument("--save-every", type=int, default=500, metavar="N", help="steps between checkpoints (%(default)s)")
@@ -44,7 +44,7 @@ def parse_args():
     p.error = lambda message: p.exit(2, f"train.py: {message}\n")   # one line, without the usage
     args = p.parse_args()
     for flag, value in vars(args).items():
-        least = 0 if flag in ("seed", "workers", "min_snr") else 1e-9
+        least = 0 if flag in ("seed", "workers", "min_snr", "gan_weight") else 1e-9
         most = {"workers": 256, "batch_size": 2 ** 16, "image_size": 2 ** 11}.get(flag, 1e12)
         if type(value) in (int, float) and (not least <= value <= most or flag == "image_size" and value % 16):
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'above' if least else 'at least'} 0, "
@@ -58,7 +58,6 @@ ARGS = parse_args() if __name__ == "__main__" else None            # before the 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from clip_encoder import build_clip, contrastive_loss, own_caption_wins, plain, settle, tokenize
 from ddpm import (RANK, WORLD, Learner, NoiseSchedule, chances, diffusion_loss, endless, join, learning_rate,
@@ -66,8 +65,8 @@ from ddpm import (RANK, WORLD, Learner, NoiseSchedule, chances, diffusion_loss, 
 from sample import (PARTS, BadInput, Pipeline, all_at_once, blame, encode_prompts, generate, load_clip, load_pipeline,
                     run, save_module, save_pipeline)
 from unet import UNET_SIZES, UNet, pick_device
-from vae import (VAE, DiagonalGaussian, as_pictures, grid, open_picture, picture_to_tensor, psnr, tensor_to_pictures,
-                 vae_loss, vae_sizes)
+from vae import (VAE, DiagonalGaussian, Discriminator, as_pictures, grid, open_picture, picture_to_tensor, psnr,
+                 tensor_to_pictures, vae_loss, vae_sizes)
 
 # ---- Data: landscapes. A scene is a few choices; its caption names them, its picture shows them ----------------------
 SKIES = {   # in words; colours of the zenith, the horizon, the light on the land, the sun or moon (in a storm: clouds)
@@ -106,8 +105,7 @@ def draw(scene, rng, S):
     X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
     def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]    # 0 to 1
     def inside(distance): return (distance * S + 0.5).clip(0, 1)   # 1 where distance > 0, 0 elsewhere, one pixel soft
-    # Sky: a gradient, stars, the sun or the moon in its glow, clouds.
-    high = (1 - Y / ground).clip(0, 1)
+    high = (1 - Y / ground).clip(0, 1)                             # the sky: a gradient, stars, sun or moon, clouds
     picture = mix(horizon, zenith, high ** 0.8)
     x, y, bright = rng.uniform((0, 0, 0.3), (1, 0.6, 1), (30 * night, 3)).T[..., None]
     rows, columns = (np.exp(-((c - at) / max(0.011, 0.7 / S)) ** 2) for at in (y, x))
@@ -122,8 +120,7 @@ def draw(scene, rng, S):
     if "clouds" in extras or storm:
         puffs = (noise(rng, c, c, (2, 7), 4) * (0.9 if storm else 1.6) + 0.1).clip(0, 0.85)
         picture = mix(picture, disc if storm else 0.35 * horizon + 166 * light ** 0.6, puffs * high ** 0.35)
-    # Land: ridges from far (z = 0) to near (1), each less hidden by the air than the one behind it.
-    for z in np.linspace(0, 1, 3 if land == "mountains" else 4):
+    for z in np.linspace(0, 1, 3 if land == "mountains" else 4):   # the land: ridges, from far (0) to near (1)
         base, slope = ground + 0.30 * z, 0.0
         if land == "mountains":                                    # straight between the knots: jagged
             crest, rough = (noise(rng, c, first=(n, 0), octaves=2, smooth=False) for n in (4, 24))
@@ -191,9 +188,7 @@ class Landscapes:
         some = [say(f"{above}|{below}|{whole}"), *details[: rng.integers(len(details) + 1)]]
         words = ["a landscape"] if kind < 0.08 else some if kind < 0.45 else [say(whole), *details]
         return (sky, land, place, extras), ", ".join(words), rng
-    def caption(self, i):
-        """The caption of scene i, without drawing it."""
-        return self.plan(i)[1]
+    def caption(self, i): return self.plan(i)[1]                   # without drawing it
     def __getitem__(self, i):
         scene, caption, rng = self.plan(i)
         return torch.from_numpy(draw(scene, rng, self.image_size)).permute(2, 0, 1).float() / 127.5 - 1, caption
@@ -201,9 +196,9 @@ class Landscapes:
 # ---- Data: a folder of pictures; and how pictures, latents and text states are kept ----------------------------------
 class ImageFolder:
     """Pictures below root, but for those in `out`: [i] -> (picture (3, S, S) float32 in [-1, 1], caption), cropped to
-    squares, never stretched. The caption is what is there first: its line in root/metadata.jsonl or .csv (file_name,
-    text); the text beside it (a.txt, a.caption for a.jpg); its subfolder's name; its own. Every 20th picture is "val",
-    not "train". What cannot be used is told once. BadInput if nothing can; ValueError from [i] if it is broken."""
+    squares. The caption is what is there first: a line of root/metadata.jsonl or .csv (file_name, text), the text
+    beside it (a.txt, a.caption for a.jpg), its subfolder's name, its own. Every 20th is "val", not "train". What cannot
+    be used is told once. BadInput if nothing can; ValueError from [i] if a picture is broken."""
     def __init__(self, root, image_size=64, split="train", out=""):
         drawn, lost = [os.path.abspath(f"{out}/{name}") for name in ("", "samples") if out], []     # training's own
         files = sorted(os.path.relpath(os.path.join(folder, name), root)
@@ -229,8 +224,7 @@ class ImageFolder:
         if not self.paths:
             raise BadInput(f"--data {root}: no such folder, or no readable picture in it (.png, ...), nor in --out")
     def __len__(self): return len(self.paths)
-    def caption(self, i):
-        """The caption of picture i, without opening it."""
+    def caption(self, i):                                          # without opening it
         stem = os.path.splitext(self.paths[i])[0]
         if self.paths[i] in self.table:
             return self.table[self.paths[i]]
@@ -266,18 +260,23 @@ class Kept:
 
 def open_data(args, split):
     """The data set, with what the stages want of it: n, captions, pixels[indices] -> bytes (B, 3, S, S), and then
-    shown[indices], which pictures these are: the next stands in for one that cannot be read."""
-    S = args.image_size
-    data = Landscapes(S, split) if args.data == "landscapes" else ImageFolder(args.data, S, split, args.out)
-    n = data.n = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
-    data.captions, data.shown = [data.caption(i) for i in range(n)], torch.arange(n).share_memory_()
+    shown[indices], which pictures these are: the next stands in for one that cannot be read. To learn from, photographs
+    count twice, the second time mirrored, unless their caption says left or right: a few then last longer."""
+    S, drawn = args.image_size, args.data == "landscapes"
+    data = Landscapes(S, split) if drawn else ImageFolder(args.data, S, split, args.out)
+    most = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
+    at = range(most) if drawn else [k * len(data) // most for k in range(most)]     # some of every folder
+    data.captions = [data.caption(i) for i in at] * (1 + (split == "train" and not drawn))
+    n, sided = len(data.captions), re.compile(r"\b(left|right)\b", re.IGNORECASE)
+    data.n, data.files, data.shown = n, most, torch.arange(n).share_memory_()
     def read(i):
         for j in itertools.chain(range(i, n), range(i)):
             try:
-                x, data.shown[i] = data[j][0], j
+                x, data.shown[i] = data[at[j % most]][0], j
+                x = x.flip(2) if j >= most and not sided.search(data.captions[j]) else x
                 return ((x + 1) * 127.5).round().byte()
             except ValueError as e:
-                if i == j == data.shown[i]:                        # told once
+                if i == j == data.shown[i] and i < most:           # told once
                     print(f"train.py: --data: left out: {e}", file=sys.stderr)
         raise BadInput(f"--data {args.data}: none of its pictures can be read")
     os.makedirs(f"{args.out}/samples", exist_ok=True)
@@ -324,7 +323,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     stop = vars(args).setdefault("stop", [])                       # one list for all stages
     signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))                 # finish the step, save, and go
     workers = args.workers if sys.platform == "linux" else 0       # elsewhere processes cannot share what they keep
-    ready = itertools.repeat(None) if pixels is None else DataLoader(
+    ready = itertools.repeat(None) if pixels is None else torch.utils.data.DataLoader(
         pixels, None, sampler=batches(), num_workers=workers, multiprocessing_context="fork" if workers else None)
     supply, sums = zip(ready, batches(), (chances(args.seed, batch) for batch in places())), {}
     def save():
@@ -368,17 +367,19 @@ def train_vae(pipe, data, val, args):
     """Stage 1: pictures -> latents -> pictures. Sets pipe.vae."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
+    models = torch.nn.ModuleDict({"vae": vae} | ({"discriminator": Discriminator()} if args.gan_weight else {}))
     unseen = as_pictures(val.pixels[list(range(min(val.n, max(8, 2 ** 18 // args.image_size ** 2))))], args.device)
-    def show(vae, step):
-        pictures = tensor_to_pictures(torch.cat([unseen[:8], vae.decode(vae.encode(unseen[:8]).mode())]))
+    def show(models, step):
+        redrawn = models["vae"].decode(models["vae"].encode(unseen[:8]).mode())
+        pictures = tensor_to_pictures(torch.cat([unseen[:8], redrawn]))
         grid(pictures, len(pictures) // 2, 128).save(f"{args.out}/samples/vae-{step:06d}.png")
-    def keep(vae):
+    def keep(models):
+        vae = pipe.vae = models["vae"]
         if fresh:                                                  # diffusion wants latents of unit variance
             vae.scaling_factor = 1 / vae.encode(unseen).sample(torch.Generator().manual_seed(0)).std().item()
-        pipe.vae = vae
         return lambda to: save_pipeline(pipe, to, ["vae"], contextlib.nullcontext)
-    fit("vae", vae, args, data, lambda vae, pixels, _, generators:
-        vae_loss(vae, as_pictures(pixels, args.device), generator=generators), show, keep, data.pixels)
+    fit("vae", models, args, data, lambda models, pixels, _, chance: vae_loss(**models, x=as_pictures(
+        pixels, args.device), generator=chance, gan_weight=args.gan_weight), show, keep, data.pixels)
 
 def train_clip(pipe, data, val, args):
     """Stage 2: captions beside their pictures. Sets pipe.tokenizer and pipe.text_encoder."""
@@ -472,9 +473,8 @@ def main(args):
     args.image_size = args.image_size or (takes["sample_size"] * pipe.vae.f if takes else preset["image_size"])
     if takes and (takes["in_channels"], takes["cross_attention_dim"]) != (4, pipe.text_encoder.config["hidden_size"]):
         raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
-    for batch in (args.batch_size or PRESETS[args.preset][stage][1] for stage in todo if stage != "eval"):
-        if batch % (args.grad_accum * WORLD):
-            raise BadInput(f"--batch-size {batch} is no multiple of --grad-accum {args.grad_accum} x {WORLD} processes")
+    if any((args.batch_size or preset[stage][1]) % (args.grad_accum * WORLD) for stage in todo if stage != "eval"):
+        raise BadInput(f"--batch-size is no multiple of --grad-accum {args.grad_accum} x {WORLD} processes")
     data = val = open_data(args, "train")                          # fewer than 20 serve as both
     with contextlib.suppress(BadInput):                            # or where none for "val" can be read
         val = open_data(args, "val") if len(data) > 18 else data
@@ -487,10 +487,10 @@ def main(args):
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD)
     x, w = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)  # the usual run takes as long as so many of these
-    took = min(timeit.repeat(lambda: torch.conv2d(x, w, padding=1), number=1, repeat=20)) * (args.steps or 1800)
+    took = np.diff([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(20)]).min() * (args.steps or 1800)
     about = f"; about {took * 0.86:.0f} minutes" * (usual == ("tiny", 3, 64, None, "cpu", torch.float32, False, 1))
-    RANK or print(f"{data.n:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} in "
-          f"{str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")
+    RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on "
+          f"{args.device} in {str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)

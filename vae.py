@@ -4,18 +4,16 @@
 
 Why compress at all? Most of a picture's numbers are fine grain that the eye barely notices, yet a diffusion model would
 spend most of its work on predicting them. So two models share the job (Rombach et al. 2022, section 3): the VAE learns,
-once, which small array of numbers is enough to redraw a picture; the diffusion model then lives entirely in that array.
-Stable Diffusion goes from 3 x 512 x 512 to 4 x 64 x 64, 48 times fewer numbers.
+once, which few numbers are enough to redraw a picture (in Stable Diffusion 4 x 64 x 64 instead of 3 x 512 x 512, 48
+times fewer); the diffusion model then lives entirely in them.
 
 Why *variational*? A plain autoencoder may scatter its codes anywhere, with gaps where the decoder draws rubbish, and a
 generator would fall into the gaps. A VAE encodes each picture not as a point but as a small Gaussian cloud and asks the
 decoder to redraw from any point of it, while the clouds are pulled towards N(0, I). The gaps close.
 
 Papers: Kingma & Welling 2013, "Auto-Encoding Variational Bayes"; Rombach et al. 2022, "High-Resolution Image Synthesis
-with Latent Diffusion Models". Parameter names and defaults are those of the published Stable Diffusion 1.5 weights.
-
+with Latent Diffusion Models". Names and defaults are the published Stable Diffusion 1.5's. Read next: clip_encoder.py.
 Letters: B pictures; C channels; H, W picture size; h = H/f, w = W/f latent size, f = 2**(levels - 1); N = h*w tokens.
-Read next: clip_encoder.py.
 """
 import inspect, itertools, math, re
 import numpy as np
@@ -44,7 +42,6 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
         self.to_v = nn.Linear(context_channels or channels, channels, bias=qkv_bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])   # a list of one: published as `to_out.0`
-
     def forward(self, x, context=None):
         context = x if context is None else context                # no text: self-attention
         B, N, C = x.shape
@@ -60,7 +57,6 @@ class SpatialAttention(Attention):
     def __init__(self, channels, groups, heads=1):
         super().__init__(channels, heads=heads, qkv_bias=True)
         self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
-
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, H * W, C)
@@ -96,7 +92,6 @@ class ResnetBlock(nn.Module):
         # Starts as the identity, or the shortcut: at first a deep stack learns like a shallow one (Goyal et al. 2017).
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
-
     def forward(self, x, temb=None):
         h = self.conv1(F.silu(self.norm1(x)))
         if temb is not None:
@@ -112,7 +107,6 @@ class Downsample(nn.Module):
         super().__init__()
         self.pad_all_sides = pad_all_sides
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1 if pad_all_sides else 0)
-
     def forward(self, x):
         return self.conv(x if self.pad_all_sides else F.pad(x, (0, 1, 0, 1)))
 
@@ -122,7 +116,6 @@ class Upsample(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv = Conv(channels, channels, 3, padding=1)
-
     def forward(self, x, size=None):
         size = size or (2 * x.size(2), 2 * x.size(3))
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
@@ -138,10 +131,10 @@ class Level(nn.Module):
             self.downsamplers = nn.ModuleList([Downsample(out_channels, pad_all_sides=False)])
         if resample == "up":
             self.upsamplers = nn.ModuleList([Upsample(out_channels)])
-
+        self.grad_checkpoint = False
     def forward(self, x):
         for layer in (*self.resnets, *getattr(self, "downsamplers", getattr(self, "upsamplers", []))):
-            x = layer(x)
+            x = checkpoint(layer, x, use_reentrant=False) if self.grad_checkpoint else layer(x)
         return x
 
 class MidBlock(nn.Module):
@@ -150,7 +143,6 @@ class MidBlock(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
         self.attentions = nn.ModuleList([SpatialAttention(channels, groups)])
-
     def forward(self, x):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
@@ -165,12 +157,10 @@ class Encoder(nn.Module):
         self.mid_block = MidBlock(channels[-1], groups)
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], 2 * latent_channels, 3, padding=1)
-        self.grad_checkpoint = False
-
     def forward(self, x):
         x = self.conv_in(x)                                        # (B, 128, H,   W)      numbers: Stable Diffusion 1.5
         for block in self.down_blocks:                             # (B, 512, H/8, W/8)
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint else block(x)
+            x = block(x)
         x = self.mid_block(x)                                      # (B, 512, H/8, W/8)
         return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B, 8,   H/8, W/8)
 
@@ -186,37 +176,31 @@ class Decoder(nn.Module):
             for i, c in enumerate(channels))
         self.conv_norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], out_channels, 3, padding=1)
-        self.grad_checkpoint = False
-
     def forward(self, z):
         x = self.mid_block(self.conv_in(z))                        # (B, 512, h,   w)
         for block in self.up_blocks:                               # (B, 128, 8*h, 8*w)
-            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpoint else block(x)
+            x = block(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B, 3,   8*h, 8*w)
 
 # ---- The probabilistic part ------------------------------------------------------------------------------------------
 class DiagonalGaussian:
     """q(z|x) = N(mean, diag(exp(logvar))), as the encoder predicts it; mean and logvar are (B, Z, h, w).
-
     The encoder predicts log(sigma^2), not sigma: any real number is then a valid variance, and tiny ones stay exact."""
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)                    # exp stays finite in float32
-
     def sample(self, generator=None):
         """z = mu + sigma * eps with eps ~ N(0, I): the reparameterization trick (Kingma & Welling, section 2.4).
         Drawing z directly would cut the gradient: chance has no derivative. Written this way chance enters as an input
         eps, and z depends smoothly on mu and sigma. generator: one, or a list with one for each picture, whose z is
-        then the same in any batch; on the CPU, the same on any device."""
-        shape, each = self.mean.shape, isinstance(generator, list)
-        eps = torch.stack([torch.randn(shape[1:], generator=g) for g in generator]) if each else \
-            torch.randn(shape, generator=generator, device=self.mean.device if generator is None else generator.device)
+        then the same in any batch. Chance is drawn on the CPU: the same for any device."""
+        shape = self.mean.shape
+        eps = torch.stack([torch.randn(shape[1:], generator=g) for g in generator]) if isinstance(generator, list) \
+            else torch.randn(shape, generator=generator)
         return self.mean + (0.5 * self.logvar).exp() * eps.to(self.mean.device)
-
     def mode(self):
         """The most likely z: mu itself, (B, Z, h, w)."""
         return self.mean
-
     def kl(self):
         """KL(q(z|x) || N(0, I)) in nats for each picture, (B,) (Kingma & Welling, appendix B)."""
         # 1/2 sum(mu^2 + sigma^2 - 1 - log sigma^2): for each latent at least 0, and 0 at mu = 0, sigma = 1.
@@ -263,8 +247,7 @@ class VAE(nn.Module):
     @staticmethod
     def from_original(state):
         """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
-        Its decoder numbers levels from the finest, ours as they run. Its attention is written as 1x1 convolutions,
-        which are linear layers on each pixel. Sizes follow from shapes."""
+        Its decoder numbers levels from the finest; its attention's 1x1 convolutions are linear layers on each pixel."""
         last = max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
         state = {k: x.flatten(1) if ".attn_1." in k and x.dim() > 1 else x for k, x in state.items()}
         for old, new in (
@@ -303,8 +286,9 @@ class VAE(nn.Module):
         return sums[:, :3] / sums[:, 3:]
 
     def set_grad_checkpoint(self, on=True):
-        """Trade time for memory: forget activations inside each level and compute them again for the backward pass."""
-        self.encoder.grad_checkpoint = self.decoder.grad_checkpoint = on
+        """Trade time for memory: forget activations inside each block and compute them again for the backward pass."""
+        for level in (*self.encoder.down_blocks, *self.decoder.up_blocks):
+            level.grad_checkpoint = on
 
 def vae_sizes(preset, image_size):
     """Arguments of the VAE that train.py builds for a preset."""
@@ -313,7 +297,13 @@ def vae_sizes(preset, image_size):
         return dict(block_out_channels=(16,) * (levels - 2) + (32, 64), layers_per_block=1, norm_num_groups=4)
     return {"base": dict(block_out_channels=(64, 128, 256, 256), norm_num_groups=16), "sd15": {}}[preset]
 
-def vae_loss(vae, x, kl_weight=3e-5, generator=None):
+class Discriminator(nn.Sequential):
+    """x (B, 3, H, W) -> (B, 1, H/4, W/4): is this patch, 18x18 pixels, real, or redrawn? (Isola et al. 2017)."""
+    def __init__(self, channels=64):
+        super().__init__(nn.Conv2d(3, channels, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(channels, 2 * channels, 4, 2, 1),
+                         nn.GroupNorm(8, 2 * channels), nn.LeakyReLU(0.2), nn.Conv2d(2 * channels, 1, 3, padding=1))
+
+def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_weight=0.0):
     """The negative ELBO, up to a factor and constants, of pictures x (B, 3, H, W) -> (loss, its parts as a dict).
 
     We would like to maximize log p(x), but that needs an integral over every z. For any q, Jensen's inequality gives
@@ -324,12 +314,25 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None):
     First term: redraw the picture from its cloud. With p(x|z) = N(x; decode(z), s^2 I) it is -|x - x'|^2 / (2 s^2) plus
     a constant. Second term: keep the cloud near the prior p(z) = N(0, I). Multiplying -ELBO by 2 s^2 and dividing by
     the number of pixel values gives the mean squared error plus a small multiple of the KL; s hides in kl_weight: the
-    larger it is, the less exactly pictures must return, the smoother the latents, the blurrier the pictures."""
+    larger it is, the less exactly pictures must return, the smoother the latents, the blurrier the pictures.
+
+    Where detail is lost, the smallest squared error is the mean of all that it may have been: blur. The published VAE
+    was also trained against a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (hinge loss),
+    and the decoder to pass for real, gan_weight times as hard, at its last layer, as to lessen the squared error."""
     q = vae.encode(x)
     z = q.sample(generator)
-    rec = F.mse_loss(vae.decode(z).float(), x.float())
+    redrawn = vae.decode(z).float()
+    rec = F.mse_loss(redrawn, x.float())
     kl = q.kl().mean() / z[0].numel()                              # nats per latent number
-    return rec + kl_weight * kl, {"mse": rec.detach(), "kl": kl.detach()}
+    loss, parts = rec + kl_weight * kl, {"mse": rec.detach(), "kl": kl.detach()}
+    if discriminator is not None:
+        told = F.relu(1 - discriminator(x)).mean() + F.relu(1 + discriminator(redrawn.detach())).mean()
+        fixed = {name: p.detach() for name, p in discriminator.named_parameters()}  # not to be taught by the decoder
+        fooled = -torch.func.functional_call(discriminator, fixed, redrawn).mean()
+        last, terms = vae.decoder.conv_out.weight, (rec, fooled)
+        a, b = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in terms)
+        loss, parts["gan"] = loss + told + gan_weight * a / (b + 1e-8) * fooled, told.detach()
+    return loss, parts
 
 def open_picture(path, paper="white"):
     """The picture at path as RGB: upright, laid on paper, 16 bits cut to 8. ValueError if it is none, or too large."""
@@ -369,13 +372,11 @@ def psnr(vae, x):
     """How well x (B, 3, H, W) in [-1, 1] survives the way through the latents: peak signal-to-noise ratio in dB.
     10 log10(peak^2 / mean squared error), peak = 2, a mean over pictures. 30 dB: hard to see; 20 dB: plain."""
     redrawn = torch.cat([vae.decode(vae.encode(part).mode()).clamp(-1, 1) for part in x.split(8)])
-    mse = (redrawn - x).pow(2).mean(dim=(1, 2, 3))
-    return (10 * torch.log10(4 / mse)).mean().item()
+    return (10 * torch.log10(4 / (redrawn - x).pow(2).mean(dim=(1, 2, 3)))).mean().item()
 
 # ---- Published configs, of this model and of the U-Net ---------------------------------------------------------------
 def supported(config, model, only):
     """Keep of a published config.json (dict) what `model` (a class) takes as arguments; refuse what it cannot do.
-
     only: {key: the one value this code implements}, for switches that are not arguments here. Any other key is
     bookkeeping unless it is switched on. Numbers are sizes: above 0 and within reason. ValueError names the key."""
     arguments = inspect.signature(model).parameters
