@@ -364,7 +364,7 @@ class CLIP(nn.Module):
 def build_clip(preset, image_size, captions):
     """An untrained CLIP of train.py's preset, and a tokenizer trained on its captions -> (tokenizer, CLIP)."""
     width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
-        "tiny": (128, 3, 128, 2, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
+        "tiny": (128, 1, 128, 2, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
         "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]
     def tower(width, layers):
         return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,

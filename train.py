@@ -9,7 +9,7 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(500, 128, 5e-3), unet=(1800, 32, 4e-3)),
+    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(400, 128, 5e-3), unet=(1100, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -97,10 +97,10 @@ def noise(rng, x, y=None, first=(2, 2), octaves=5, gain=0.5, smooth=True):
         total = total + gain ** k * (across[i] * (1 - f)[:, None] + across[i + 1] * f[:, None])
     return total if y is not None else total[0]
 
-def draw(scene, rng, S):
-    """A scene (sky, land, place or None, extras) -> picture (S, S, 3), float in [0, 255]: one scene at any size S."""
-    sky, land, place, extras = scene
-    zenith, horizon, light, disc, far, near = (np.array(v, float) for v in SKIES[sky][1:] + LANDS[land][1:])
+def draw(sky, land, place, extras, rng, S):
+    """A scene (place may be None) -> picture (S, S, 3), float in [0, 255]: by the same rng the same at any size S."""
+    zenith, horizon, light, disc, far, near = (                    # no two evenings, nor two hills, are quite alike
+        rng.uniform(0.9, 1.2) * rng.uniform(0.95, 1.05, 3) * v for v in SKIES[sky][1:] + LANDS[land][1:])
     light, ground, night, storm = light / 255, 0.60 + rng.uniform(-0.04, 0.04), sky == "night", sky == "storm"
     X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
     def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]    # 0 to 1
@@ -191,7 +191,7 @@ class Landscapes:
     def caption(self, i): return self.plan(i)[1]                   # without drawing it
     def __getitem__(self, i):
         scene, caption, rng = self.plan(i)
-        return torch.from_numpy(draw(scene, rng, self.image_size)).permute(2, 0, 1).float() / 127.5 - 1, caption
+        return torch.from_numpy(draw(*scene, rng, self.image_size)).permute(2, 0, 1).float() / 127.5 - 1, caption
 
 # ---- Data: a folder of pictures; and how pictures, latents and text states are kept ----------------------------------
 class ImageFolder:
@@ -487,7 +487,7 @@ def main(args):
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD)
     x, w = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)  # the usual run takes as long as so many of these
-    took = np.diff([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(20)]).min() * (args.steps or 1800)
+    took = np.diff([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(20)]).min() * (args.steps or 1100)
     about = f"; about {took * 0.86:.0f} minutes" * (usual == ("tiny", 3, 64, None, "cpu", torch.float32, False, 1))
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on "
           f"{args.device} in {str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")

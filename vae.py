@@ -317,8 +317,8 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_wei
     larger it is, the less exactly pictures must return, the smoother the latents, the blurrier the pictures.
 
     Where detail is lost, the smallest squared error is the mean of all that it may have been: blur. The published VAE
-    was also trained against a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (hinge loss),
-    and the decoder to pass for real, gan_weight times as hard, at its last layer, as to lessen the squared error."""
+    also had a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (hinge loss), the decoder to
+    pass for real: at its last layer gan_weight times as hard as to lessen the squared error, if the other is right."""
     q = vae.encode(x)
     z = q.sample(generator)
     redrawn = vae.decode(z).float()
@@ -329,9 +329,9 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_wei
         told = F.relu(1 - discriminator(x)).mean() + F.relu(1 + discriminator(redrawn.detach())).mean()
         fixed = {name: p.detach() for name, p in discriminator.named_parameters()}  # not to be taught by the decoder
         fooled = -torch.func.functional_call(discriminator, fixed, redrawn).mean()
-        last, terms = vae.decoder.conv_out.weight, (rec, fooled)
-        a, b = (torch.autograd.grad(term, last, retain_graph=True)[0].norm() for term in terms)
-        loss, parts["gan"] = loss + told + gan_weight * a / (b + 1e-8) * fooled, told.detach()
+        a, b = (torch.autograd.grad(y, vae.decoder.conv_out.weight, retain_graph=True)[0].norm() for y in (rec, fooled))
+        right = (1 - told.detach() / 2).clamp(min=0)               # 0: it guesses, as at first; 1: it is never wrong
+        loss, parts["gan"] = loss + told + gan_weight * right * a / (b + 1e-8) * fooled, told.detach()
     return loss, parts
 
 def open_picture(path, paper="white"):
