@@ -9,7 +9,7 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(400, 128, 5e-3), unet=(1100, 32, 4e-3)),
+    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(400, 128, 5e-3), unet=(1060, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -100,7 +100,7 @@ def noise(rng, x, y=None, first=(2, 2), octaves=5, gain=0.5, smooth=True):
 def draw(sky, land, place, extras, rng, S):
     """A scene (place may be None) -> picture (S, S, 3), float in [0, 255]: by the same rng the same at any size S."""
     zenith, horizon, light, disc, far, near = (                    # no two evenings, nor two hills, are quite alike
-        rng.uniform(0.9, 1.2) * rng.uniform(0.95, 1.05, 3) * v for v in SKIES[sky][1:] + LANDS[land][1:])
+        rng.uniform(0.88, 1.1) * rng.uniform(0.95, 1.05, 3) * v for v in SKIES[sky][1:] + LANDS[land][1:])
     light, ground, night, storm = light / 255, 0.60 + rng.uniform(-0.04, 0.04), sky == "night", sky == "storm"
     X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
     def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]    # 0 to 1
@@ -136,8 +136,8 @@ def draw(sky, land, place, extras, rng, S):
             edge = u - 1.1 * (Y - top).clip(0) + 0.05 * np.sin(14 * Y)              # winds down from the crest
             slope = np.where((edge % 1 > 0.68) & (u % 1 > 0.5), -0.6, 0.2)
         else:                                                      # a forest: a row of pointed trees
-            u = c * rng.uniform(22, 28) / (1 + 0.6 * z) + rng.uniform(0, 1)
-            tall = (0.05 + 0.05 * z) * (0.75 + 0.25 * np.sin(u.astype(int) * 12.9898))
+            u = c * rng.uniform(13, 16) / (1 + 0.5 * z) + rng.uniform(0, 1)
+            tall = (0.08 + 0.06 * z) * (0.75 + 0.25 * np.sin(u.astype(int) * 12.9898))
             top = base - 0.06 * noise(rng, c, octaves=3, gain=0.4) - tall * (1 - abs(2 * (u % 1) - 1))
         depth = ((Y - top) / 0.3).clip(0, 1)                       # 0 at the ridge, 1 well below
         shade = 1 + 0.5 * np.clip(slope, -0.8, 0.8) * np.exp(-2 * depth) - 0.25 * depth
