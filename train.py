@@ -9,7 +9,7 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(400, 128, 5e-3), unet=(1060, 32, 4e-3)),
+    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(320, 128, 5e-3), unet=(1160, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -79,7 +79,7 @@ LANDS = {   # in words; colours of the farthest ridge and of the nearest
     "mountains": ("mountains|rocky peaks|a mountain range", (126, 128, 142), (76, 78, 84)),
     "hills": ("hills|rolling hills|green hills", (128, 160, 96), (74, 118, 48)),
     "dunes": ("dunes|sand dunes|a desert of dunes", (230, 190, 130), (206, 148, 82)),
-    "forest": ("a forest|a pine forest|deep woods", (70, 104, 84), (22, 52, 38))}
+    "forest": ("a forest|a fir forest|deep woods", (70, 104, 84), (22, 52, 38))}
 PLACES = dict(left="on the left|to the left", middle="in the middle|in the centre", right="on the right|to the right")
 EXTRAS = {"lake": "a lake|a calm lake|still water", "pines": "pine trees|a few pines", "mist": "mist|fog",
           "clouds": "clouds|drifting clouds", "snow": "snow|snow on the ground"}
@@ -178,7 +178,7 @@ class Landscapes:
         sky, land = pairs[rng.integers(len(pairs))]
         place = [*PLACES, None][rng.choice(4, p=(0.27, 0.27, 0.27, 0.19))] if sky != "storm" else None
         weather = (None, "clouds", "mist", "snow")[rng.choice(4, p=(0.4, 0.22, 0.2, 0.18))]
-        extras = [e for e, p in (("lake", 0.35), ("pines", 0.25), (weather, 1)) if e and rng.random() < p]
+        extras = [e for e, p in (("lake", 0.35), ("pines", 0.35), (weather, 1)) if e and rng.random() < p]
         details = [say(EXTRAS[e]) for e in extras]
         details += [f"the {'moon' if sky == 'night' else 'sun'} {say(PLACES[place])}"] if place else []
         rng.shuffle(details)
@@ -487,7 +487,7 @@ def main(args):
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD)
     x, w = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)  # the usual run takes as long as so many of these
-    took = np.diff([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(20)]).min() * (args.steps or 1100)
+    took = np.diff([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(20)]).min() * (args.steps or 1160)
     about = f"; about {took * 0.86:.0f} minutes" * (usual == ("tiny", 3, 64, None, "cpu", torch.float32, False, 1))
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on "
           f"{args.device} in {str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")
