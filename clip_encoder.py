@@ -193,8 +193,8 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
-        nn.init.normal_(self.token_embedding.weight, std=2)        # CLIP: 0.02. A word that is large beside what blocks
-        nn.init.normal_(self.position_embedding.weight, std=0.01)  # add stays itself in any company: see README
+        nn.init.normal_(self.token_embedding.weight, std=2)        # CLIP: 0.02. Large beside what the blocks add, words
+        nn.init.normal_(self.position_embedding.weight, std=0.01)  # stay themselves in company that they never kept
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]
