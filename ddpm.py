@@ -225,11 +225,11 @@ class Muon(torch.optim.Optimizer):
                 turned, X = X.size(0) > X.size(1), X / (X.norm() + 1e-7)           # singular values s in [0, 1]
                 X = X.T if turned else X
                 # Newton-Schulz: five rounds of X <- M X take each s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Q: all M.
-                for k in range(5):
-                    A = M @ A @ M if k else X @ X.T
+                A, Q = X @ X.T, None
+                for _ in range(5):
                     M = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)           # -4.775 A + 2.0315 A A
                     M.diagonal().add_(3.4445)
-                    Q = M @ Q if k else M
+                    A, Q = M @ A @ M, M if Q is None else M @ Q
                 X = Q @ X
                 # Entries of about 0.2 lr in size, as AdamW's steps have: one learning rate serves both.
                 p.add_((X.T if turned else X).view_as(p), alpha=-0.2 * group["lr"] * max(X.shape) ** 0.5)
