@@ -193,10 +193,10 @@ class DiagonalGaussian:
         """z = mu + sigma * eps with eps ~ N(0, I): the reparameterization trick (Kingma & Welling, section 2.4).
         Drawing z directly would cut the gradient: chance has no derivative. Written this way chance enters as an input
         eps, and z depends smoothly on mu and sigma. generator: one, or a list with one for each picture, whose z is
-        then the same in any batch. Chance is drawn on the CPU: the same for any device."""
+        then the same in any batch. Chance comes from the CPU, unless the generator is another device's."""
         shape = self.mean.shape
         eps = torch.stack([torch.randn(shape[1:], generator=g) for g in generator]) if isinstance(generator, list) \
-            else torch.randn(shape, generator=generator)
+            else torch.randn(shape, generator=generator, device=getattr(generator, "device", "cpu"))
         return self.mean + (0.5 * self.logvar).exp() * eps.to(self.mean.device)
     def mode(self):
         """The most likely z: mu itself, (B, Z, h, w)."""
