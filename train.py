@@ -485,12 +485,12 @@ def main(args):
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
-    usual = (args.preset, len(todo), args.image_size, args.device.type, args.batch_size) == ("tiny", 3, 64, "cpu", None)
-    x, w = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3)  # each step takes as long as 36 of these, in float32
-    took = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) / 100 * 36 / 60
-    about = f"; about {took * (args.steps or 1800):.0f} minutes" * (usual and args.dtype == torch.float32 and not begun)
-    RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on "
-          f"{args.device} in {str(args.dtype)[6:]}{about}; the model goes to {plain(args.out)}/")
+    usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD) == (
+        "tiny", 3, 64, None, "cpu", torch.float32, False, 1)       # each step of it takes as long as 36 of these:
+    x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or 1800
+    took = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.36 * steps
+    RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} "
+          f"in {str(args.dtype)[6:]}{f'; about {took / 60:.0f} minutes' * usual}; the model goes to {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)
