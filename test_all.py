@@ -246,6 +246,29 @@ def test_clip_equals_transformers():
         expected = theirs(input_ids=ids, pixel_values=((x + 1) / 2 - mean) / std).logits_per_image
         assert relative(ours.logit_scale.exp() * ours.encode_image(x) @ ours.encode_text(ids).T, expected) < 1e-4
         assert relative(ours.text_encoder()(ids), theirs.text_model(ids).last_hidden_state) < 1e-5
+        states = theirs.text_model(ids, output_hidden_states=True).hidden_states   # before block 0, before 1, after
+        for blocks in (0, 1, 2):
+            text, norm = ours.text_encoder(blocks), theirs.text_model.final_layer_norm
+            assert text.config["num_hidden_layers"] == blocks and relative(text(ids), norm(states[blocks])) < 1e-5
+            published = transformers.CLIPTextModel(transformers.CLIPTextConfig(**text.to_config())).eval()
+            prefix = "" if "embeddings.token_embedding.weight" in published.state_dict() else "text_model."
+            published.load_state_dict({prefix + k[11:]: x for k, x in text.state_dict().items()}, strict=False)
+            assert relative(published(ids).last_hidden_state, text(ids)) < 1e-5
+
+
+def test_a_sentence_added_to_the_time_is_the_mean_of_its_words_and_training_leaves_it_so():
+    torch.manual_seed(0)
+    unet = UNet.from_config(dict(SMALL_UNET, addition_embed_type="text", addition_embed_type_num_heads=4))
+    z, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3, 800]), torch.randn(2, 7, 24)
+    learner = ddpm.Learner(unet, lambda unet: ((unet(z, t, context) - z).square().mean(), {}))
+    pool, means = unet.add_embedding.pool, []
+    for _ in range(4):
+        query = context.mean(dim=1, keepdim=True) + pool.positional_embedding
+        means.append(pool.v_proj(torch.cat([query, context], dim=1)).mean(dim=1))
+        assert relative(pool(context), means[-1]) < 1e-5
+        learner.gradient([()])
+        learner.step(1e-2)
+    assert relative(means[-1], means[0]) > 1e-2                    # it did learn
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ it understood below is painted at full detail above. Numbers: Stable Diffusion 1
         (cross-attention): Q = pixels, K and V = text (Rombach et al. 2022, section 3.3).
 
 Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time); Rombach et al. 2022 (with text).
-Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width
-(in the drawing above: transformer).
+Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
 Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py."""
 import math, os, pickle, re, unittest.mock
 import torch
@@ -54,12 +53,16 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 class AttentionPooling(nn.Module):
-    """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says."""
+    """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says.
+    A new one takes the mean: where questions and keys are zero, so are their gradients, for good. If it attends, words
+    compete, and "sunset" outvotes a "forest" that it never met (73 % of such pictures had their forest; so 100 %)."""
     def __init__(self, channels, heads):
         super().__init__()
         self.heads = heads
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, channels), std=channels ** -0.5))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
+        for parameter in (*self.q_proj.parameters(), *self.k_proj.parameters()):
+            nn.init.zeros_(parameter)
 
     def forward(self, x):
         B, _, D = x.shape
@@ -284,9 +287,8 @@ class UNet(nn.Module):
     def from_original(state):
         """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
 
-        There the way down is one list, input_blocks: conv_in, then each level's blocks and its downsampler, "op". The
-        way up is another, output_blocks. In a block, 0 is the residual block, 1 the transformer; what comes last is the
-        upsampler. Sizes follow from shapes. Heads do not: they are as in Stable Diffusion 1 or 2."""
+        input_blocks lists conv_in, then each level's blocks and its downsampler, "op"; output_blocks the way up. In a
+        block, 0 is the residual block, 1 the transformer, the last the upsampler. The shapes do not tell the heads."""
         ends = sorted(int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight"))
         n = ends[0]                                                # entries of each level: 3
         def block(m):
@@ -320,9 +322,8 @@ class UNet(nn.Module):
         """z_t (B, 4, h, w), t (B,) integers in [0, 1000), context (B, M, D) -> predicted noise (or v), (B, 4, h, w)."""
         def run(block, *args):
             return checkpoint(block, *args, use_reentrant=False) if self.grad_checkpoint else block(*args)
-        # When and what: the time, and where the model has it the sentence as a whole.
-        temb = timestep_embedding(t, self.config["block_out_channels"][0]).to(z_t.dtype)
-        temb = self.time_embedding(temb)                           # (B, 1280)
+        # When and what: the time (B, 1280), and where the model has it the sentence as a whole.
+        temb = self.time_embedding(timestep_embedding(t, self.config["block_out_channels"][0]).to(z_t.dtype))
         if hasattr(self, "add_embedding"):
             temb = temb + self.add_embedding(context)
         x = self.conv_in(z_t)                                      # (B,  320, h,   w)      Stable Diffusion 1.5
@@ -359,8 +360,7 @@ def read_weights(path, dtype_of):
             raise ValueError(why) from None
         if not isinstance(state, dict):
             raise ValueError("not a file of weights")
-        state = state.get("state_dict", state)
-        read, names = state.pop, [k for k, x in state.items() if torch.is_tensor(x)]
+        read, names = (state := state.get("state_dict", state)).pop, [k for k, x in state.items() if torch.is_tensor(x)]
         for x in map(state.get, names):                            # one number, repeated, may fill any memory
             if x.layout != torch.strided or x.is_meta or x.untyped_storage().nbytes() < x.nbytes:
                 raise ValueError("a file of tensors that are not simply all their numbers")
