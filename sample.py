@@ -20,7 +20,7 @@ def parse_args():
     p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw (not with --guidance 1)")
     p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: 7.5; small models: 3)")
+    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: 7.5; small models: 4)")
     p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
@@ -126,7 +126,7 @@ class Pipeline:
     tokenizer: object = None                                       # transformers' CLIPTokenizer
     schedule: NoiseSchedule = None
     device = property(lambda self: next(self.vae.parameters()).device)
-    guidance = property(lambda self: 3.0 if self.unet.config["addition_embed_type"] else 7.5)       # what looks best
+    guidance = property(lambda self: 4.0 if self.unet.config["addition_embed_type"] else 7.5)       # what looks best
 
 PARTS = ("unet", "vae", "text_encoder")
 CLASSES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}

@@ -1558,9 +1558,9 @@ def test_which_model_draws_and_how_strictly(saved, trained, tmp_path, monkeypatc
     shutil.copytree(trained / "out", tmp_path / "out", dirs_exist_ok=True)
     status, _, err = command("sample.py", "fog", "--steps", 1)
     assert status == 0 and "drawn by the model in out\n" in err
-    assert ", CFG scale: 3.0, " in Image.open(tmp_path / "out.png").text["parameters"]
-    assert command("sample.py", "fog", "--steps", 1, "--guidance", 4)[0] == 0
     assert ", CFG scale: 4.0, " in Image.open(tmp_path / "out.png").text["parameters"]
+    assert command("sample.py", "fog", "--steps", 1, "--guidance", 3)[0] == 0
+    assert ", CFG scale: 3.0, " in Image.open(tmp_path / "out.png").text["parameters"]
     shutil.rmtree(tmp_path / "out")
     shutil.rmtree(tmp_path / "repository/assets")
     assert command("sample.py", "fog")[0] == 2                     # neither

@@ -123,10 +123,9 @@ def draw(sky, land, place, extras, rng, S):
     for z in np.linspace(0, 1, 3 if land == "mountains" else 4):   # the land: ridges, from far (0) to near (1)
         base, slope = ground + 0.30 * z, 0.0
         if land == "mountains":                                    # straight between the knots: jagged
-            crest, rough = (noise(rng, c, first=(n, 0), octaves=2, smooth=False) for n in (4, 24))
-            top = base - (0.20 - 0.08 * z) * (0.5 + 0.6 * crest + 0.08 * rough)
-            flank = X + 0.5 * (Y - top).clip(0) * noise(rng, c, c, (3, 8), 2, smooth=False)        # winds down
-            slope = 0.12 * np.interp(flank, c, np.gradient(crest, c))                              # lit from the left
+            crest = noise(rng, c, first=(3, 0), octaves=2, gain=0.45, smooth=False)
+            top = base - (0.23 - 0.09 * z) * (0.5 + 0.7 * crest)
+            slope = 0.13 * np.interp(X + 0.35 * (Y - top).clip(0), c, np.gradient(crest, c))       # lit from the left
         elif land == "hills":
             top = base - 0.09 * noise(rng, c, octaves=3, gain=0.35)
         elif land == "dunes":                                      # long windward slopes, short lee slopes in shadow
