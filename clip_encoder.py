@@ -220,9 +220,9 @@ def known(config, model, model_type, defaults):
         raise ValueError(f"config.json: hidden_act = {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
     kept = {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
     for key, x in kept.items():
-        low, high = (0, 256) if key == "num_hidden_layers" else (1e-99, 2 ** 20)
-        if not (key == "hidden_act" or "token_id" in key or low <= x <= high and (type(x) is int or "eps" in key)):
-            raise ValueError(f"config.json: {key} = {x!r} is not from {low:g} to {high}")
+        low, high = int((model, key) != (CLIPTextEncoder, "num_hidden_layers")), 256 if "layers" in key else 2 ** 20
+        if not (re.search("_act|token_id", key) or "eps" in key and x > 0 or type(x) is int and low <= x <= high):
+            raise ValueError(f"config.json: {key} = {x!r} is not above 0, not whole, or beyond {high}")
     return kept
 
 class CLIPTextEncoder(nn.Module):
@@ -340,7 +340,7 @@ class CLIP(nn.Module):
     current_names = staticmethod(dict)                             # published CLIPs have always had the same names
 
     def text_encoder(self, blocks=None):
-        """The text tower alone, frozen, sharing its weights; of its blocks the first `blocks`, None: all."""
+        """The text tower alone, frozen, sharing its weights, with its first `blocks` blocks (None: all)."""
         layers = len(self.text_model.encoder.layers[:blocks])
         text = CLIPTextEncoder.from_config(self.config["text_config"] | dict(num_hidden_layers=layers))
         text.load_state_dict({k: x for k, x in self.state_dict().items() if k in text.state_dict()}, assign=True)
@@ -362,8 +362,8 @@ class CLIP(nn.Module):
 
 def build_clip(preset, image_size, captions):
     """An untrained CLIP of train.py's preset, and a tokenizer trained on its captions -> (tokenizer, CLIP).
-    tiny's U-Net reads the words before the block: 8,000 captions do not teach what to make of words that never met. Of
-    scenes that join such words 88 % had all that was asked for; read after the block, 77 %."""
+    tiny's U-Net reads words before the tower's one block, so hardly their order: 8,000 captions do not teach it what to
+    make of words that never met. Of pictures joining such words 88 % had all of them, read after the block 77 %."""
     width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
         "tiny": (128, 1, 128, 2, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
         "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]

@@ -157,6 +157,11 @@ def test_attention_is_the_papers_formula_in_every_way_it_is_computed(N, M, dtype
     (VAE, dict(VAE_15, mid_block_add_attention=False), "mid_block_add_attention"),
     (CLIPTextEncoder, dict(TEXT_15, hidden_act="relu"), "hidden_act"),
     (CLIPTextEncoder, dict(TEXT_15, model_type="t5"), "model_type"),
+    (CLIPTextEncoder, dict(TEXT_15, hidden_size=0), "hidden_size"),
+    (CLIPTextEncoder, dict(TEXT_15, hidden_size=768.5), "hidden_size"),
+    (CLIPTextEncoder, dict(TEXT_15, num_hidden_layers=-1), "num_hidden_layers"),
+    (CLIPTextEncoder, dict(TEXT_15, layer_norm_eps=0), "layer_norm_eps"),
+    (CLIP, dict(text_config=TEXT_15, vision_config=dict(num_hidden_layers=0)), "num_hidden_layers"),
     (NoiseSchedule, dict(prediction_type="sample"), "prediction_type"),
     (NoiseSchedule, dict(thresholding=True), "thresholding"),
     (NoiseSchedule, dict(beta_schedule="sigmoid"), "beta_schedule"),
@@ -2651,7 +2656,7 @@ def bench():
 
     tokenizer, clip = clip_encoder.build_clip("tiny", 64, ["a landscape", "a house under a clear sky"])
     pipe = Pipeline(UNet(**UNET_SIZES["tiny"], cross_attention_dim=128, sample_size=16), VAE(**vae_sizes("tiny", 64)),
-                    clip.text_encoder(), tokenizer, NoiseSchedule())
+                    clip.text_encoder(0), tokenizer, NoiseSchedule())
     for part in sample.PARTS:
         getattr(pipe, part).to(device, dtype, memory_format=torch.channels_last).eval()
     rows = []

@@ -22,7 +22,7 @@ it understood below is painted at full detail above. Numbers: Stable Diffusion 1
 
 Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time); Rombach et al. 2022 (with text).
 Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
-Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py."""
+Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py. (In the drawing T is a transformer.)"""
 import math, os, pickle, re, unittest.mock
 import torch
 import torch.nn as nn
@@ -54,8 +54,8 @@ class TimestepEmbedding(nn.Module):
 
 class AttentionPooling(nn.Module):
     """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says.
-    A new one takes the mean: where questions and keys are zero, so are their gradients, for good. If it attends, words
-    compete, and "sunset" outvotes a "forest" that it never met (73 % of such pictures had their forest; so 100 %)."""
+    A new one takes the mean, for good: queries and keys are zero, and each one's gradient is the other's multiple. If
+    it attended, "sunset" would outvote a "forest" never seen with it (73 % had their forest; with the mean 100 %)."""
     def __init__(self, channels, heads):
         super().__init__()
         self.heads = heads
@@ -288,7 +288,7 @@ class UNet(nn.Module):
         """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
 
         input_blocks lists conv_in, then each level's blocks and its downsampler, "op"; output_blocks the way up. In a
-        block, 0 is the residual block, 1 the transformer, the last the upsampler. The shapes do not tell the heads."""
+        block, 0 is the residual block, 1 the transformer, the last the upsampler. Heads, not told, are as in 1 or 2."""
         ends = sorted(int(k.split(".")[1]) for k in state if k.endswith(".0.op.weight"))
         n = ends[0]                                                # entries of each level: 3
         def block(m):
