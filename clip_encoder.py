@@ -221,7 +221,7 @@ def known(config, model, model_type, defaults):
     kept = {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
     for key, x in kept.items():
         low, high = int((model, key) != (CLIPTextEncoder, "num_hidden_layers")), 256 if "layers" in key else 2 ** 20
-        if not (re.search("_act|token_id", key) or "eps" in key and x > 0 or type(x) is int and low <= x <= high):
+        if not (re.search("act|_id", key) or (0 < x if "eps" in key else type(x) is int and low <= x) and x <= high):
             raise ValueError(f"config.json: {key} = {x!r} is not above 0, not whole, or beyond {high}")
     return kept
 
@@ -343,7 +343,7 @@ class CLIP(nn.Module):
         """The text tower alone, frozen, sharing its weights, with its first `blocks` blocks (None: all)."""
         layers = len(self.text_model.encoder.layers[:blocks])
         text = CLIPTextEncoder.from_config(self.config["text_config"] | dict(num_hidden_layers=layers))
-        text.load_state_dict({k: x for k, x in self.state_dict().items() if k in text.state_dict()}, assign=True)
+        text.load_state_dict(CLIPTextEncoder.current_names(self.state_dict()), assign=True, strict=blocks is None)
         return text.requires_grad_(False)
 
     def encode_text(self, ids):
