@@ -235,8 +235,8 @@ class Muon(torch.optim.Optimizer):
                 p.add_((X.T if turned else X).view_as(p), alpha=-0.2 * group["lr"] * max(X.shape) ** 0.5)
 
 def learning_rate(step, steps, peak):
-    """Warm up for 100 steps while the optimizers' averages are still empty; then decay along a cosine, to settle."""
-    return peak * min((step + 1) / min(100, steps), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    """Warm up for 100 steps while the optimizers' averages are still empty; from half-way fall to 0, to settle."""
+    return peak * min((step + 1) / min(100, steps), 2 - 2 * step / steps, 1)
 
 class Learner:
     """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.

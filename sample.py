@@ -158,8 +158,8 @@ def load_clip(source, device="cpu", part="clip"):
 
 def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS, prediction_type=None):
     """A folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt -> Pipeline, of some parts if asked.
-    tokenizer: a folder or hub id to use instead of the model's own. prediction_type: "epsilon" or "v_prediction", if
-    the files do not tell. In float16 the VAE stays float32: it would overflow on some pictures. Raises BadInput."""
+    tokenizer (a folder or hub id) and prediction_type ("epsilon" or "v_prediction") count instead of what the files
+    hold or say. In float16 the VAE stays float32: it would overflow on some pictures. Raises BadInput."""
     with blame(model):
         path, pipe = find(model, parts), Pipeline(schedule=NoiseSchedule())
     dtypes = {part: torch.float32 if part == "vae" and dtype == torch.float16 else dtype for part in parts}

@@ -9,7 +9,7 @@ Three stages, each frozen before the next begins (Rombach et al. 2022, section 3
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
 PRESETS = {   # what flags leave open; each stage's optimizer steps, batch size, peak learning rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(1200, 8, 4e-3), clip=(500, 128, 5e-3), unet=(1800, 32, 4e-3)),
+    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(250, 128, 5e-3), unet=(1100, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -107,8 +107,8 @@ def draw(sky, land, place, extras, rng, S):
     def inside(distance): return (distance * S + 0.5).clip(0, 1)   # 1 where distance > 0, 0 elsewhere, one pixel soft
     high = (1 - Y / ground).clip(0, 1)                             # the sky: a gradient, stars, sun or moon, clouds
     picture = mix(horizon, zenith, high ** 0.8)
-    x, y, bright = rng.uniform((0, 0, 0.3), (1, 0.6, 1), (30 * night, 3)).T[..., None]
-    rows, columns = (np.exp(-((c - at) / max(0.011, 0.7 / S)) ** 2) for at in (y, x))
+    x, y, bright = rng.uniform((0, 0, 0.3), (1, 0.6, 1), (22 * night, 3)).T[..., None]
+    rows, columns = (np.exp(-((c - at) / max(0.015, 0.7 / S)) ** 2) for at in (y, x))
     picture = mix(picture, 235, ((bright * rows).T @ columns).clip(0, 1))           # round points, whatever S
     if place:
         x, y, r = rng.uniform((-0.07, 0.13, 0.055), (0.07, 0.27, 0.075))
@@ -153,7 +153,7 @@ def draw(sky, land, place, extras, rng, S):
     if "lake" in extras:                                           # a mirror: squeezed, tinted, rippled
         shore = 0.78 + rng.uniform(-0.03, 0.03)
         mirrored = shore - 1.6 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
-        water = 0.72 * picture[(mirrored * S).clip(0, S - 1).astype(int)] + 0.28 * (0.55 * zenith + 0.45 * horizon)
+        water = 0.6 * picture[(mirrored * S).clip(0, S - 1).astype(int)] + 0.4 * (0.2 * zenith + 0.8 * horizon)
         picture = mix(picture, water, inside(Y - shore - 0.012 * noise(rng, c, first=(3, 0), octaves=3)))
     side, many = rng.integers(2), rng.integers(2, 5) * ("pines" in extras)
     for x, foot, tall in rng.uniform((0.03, 0.93, 0.3), (0.3, 1.02, 0.48), (many, 3)):
@@ -485,9 +485,9 @@ def main(args):
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD) == (
-        "tiny", 3, 64, None, "cpu", torch.float32, False, 1)       # each step of it takes as long as 36 of these:
-    x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or 1800
-    took = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.36 * steps
+        "tiny", 3, 64, None, "cpu", torch.float32, False, 1)       # each step of it takes as long as 38 of these:
+    x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or 1100
+    took = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.38 * steps
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} "
           f"in {str(args.dtype)[6:]}{f'; about {took / 60:.0f} minutes' * usual}; the model goes to {plain(args.out)}/")
     for stage in todo:
