@@ -74,7 +74,7 @@ SKIES = {   # in words; colours of the zenith, the horizon, the light on the lan
     "dawn": ("dawn|sunrise|a pink morning sky", (120, 150, 205), (252, 203, 190), (219, 189, 194), (255, 238, 205)),
     "sunset": ("sunset|dusk|a red evening sky", (74, 48, 108), (255, 150, 62), (196, 138, 118), (255, 226, 140)),
     "night": ("a starry night|night|a starry sky", (7, 9, 30), (40, 52, 100), (160, 168, 205), (244, 240, 222)),
-    "storm": ("a storm|a stormy sky|a dark grey sky", (58, 66, 78), (150, 156, 163), (150, 156, 163), (40, 45, 55))}
+    "storm": ("a storm|a stormy sky|a dark grey sky", (58, 66, 78), (150, 156, 163), (186, 192, 198), (40, 45, 55))}
 LANDS = {   # in words; colours of the farthest ridge and of the nearest
     "mountains": ("mountains|rocky peaks|a mountain range", (126, 128, 142), (76, 78, 84)),
     "hills": ("hills|rolling hills|green hills", (128, 160, 96), (74, 118, 48)),
@@ -105,11 +105,14 @@ def draw(sky, land, place, extras, rng, S):
     X, Y = np.meshgrid(c := (np.arange(S) + 0.5) / S, c)           # pixel centres; Y = 0 is the top
     def mix(picture, colour, amount): return picture + (colour - picture) * np.asarray(amount)[..., None]    # 0 to 1
     def inside(distance): return (distance * S + 0.5).clip(0, 1)   # 1 where distance > 0, 0 elsewhere, one pixel soft
-    high = (1 - Y / ground).clip(0, 1)                             # the sky: a gradient, stars, sun or moon, clouds
+    high = (1 - Y / ground).clip(0, 1)                             # the sky: a gradient, stars, clouds, sun or moon
     picture = mix(horizon, zenith, high ** 0.8)
     x, y, bright = rng.uniform((0, 0, 0.3), (1, 0.6, 1), (22 * night, 3)).T[..., None]
     rows, columns = (np.exp(-((c - at) / max(0.015, 0.7 / S)) ** 2) for at in (y, x))
     picture = mix(picture, 235, ((bright * rows).T @ columns).clip(0, 1))           # round points, whatever S
+    if "clouds" in extras or storm:
+        puffs = (noise(rng, c, c, (2, 7), 4) * (0.9 if storm else 1.6) + 0.1).clip(0, 0.85)
+        picture = mix(picture, disc if storm else 0.35 * horizon + 166 * light ** 0.6, puffs * high ** 0.35)
     if place:
         x, y, r = rng.uniform((-0.07, 0.13, 0.055), (0.07, 0.27, 0.075))
         x += {"left": 0.2, "middle": 0.5, "right": 0.8}[place]
@@ -117,9 +120,6 @@ def draw(sky, land, place, extras, rng, S):
         picture = mix(picture, disc, (0.15 if night else 0.35) * (np.exp(-(d / 6) ** 2) + np.exp(-(d / 2.2) ** 1.3)))
         picture = mix(picture, disc, inside(r - r * d))
         light = light * (0.9 + 0.35 * np.exp(-((X - x) / 0.3) ** 2))[..., None]     # brightest below it
-    if "clouds" in extras or storm:
-        puffs = (noise(rng, c, c, (2, 7), 4) * (0.9 if storm else 1.6) + 0.1).clip(0, 0.85)
-        picture = mix(picture, disc if storm else 0.35 * horizon + 166 * light ** 0.6, puffs * high ** 0.35)
     for z in np.linspace(0, 1, 3 if land == "mountains" else 4):   # the land: ridges, from far (0) to near (1)
         base, slope = ground + 0.30 * z, 0.0
         if land == "mountains":                                    # straight between the knots: jagged
@@ -148,8 +148,8 @@ def draw(sky, land, place, extras, rng, S):
         ridge = mix(ridge, horizon * (0.4 + 0.6 * light), 0.55 * (1 - z) ** 1.5)    # the air between
         picture = mix(picture, ridge, inside(Y - top))
         if "mist" in extras:                                       # lies in the valley before each ridge
-            veil = 0.75 * np.exp(-((Y - base - 0.06) / 0.07) ** 2) * (1 + 0.4 * noise(rng, c, c, (3, 3), 3))
-            picture = mix(picture, (0.5 * horizon + 110 * light).clip(0, 255), veil.clip(0, 0.85))
+            veil = 0.85 * np.exp(-((Y - base - 0.05) / 0.1) ** 2) * (1 + 0.4 * noise(rng, c, c, (3, 3), 3))
+            picture = mix(picture, (0.35 * horizon + 140 * light ** 0.6).clip(0, 255), veil.clip(0, 0.9))
     if "lake" in extras:                                           # a mirror: squeezed, tinted, rippled
         shore = 0.78 + rng.uniform(-0.03, 0.03)
         mirrored = shore - 1.6 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
