@@ -1315,6 +1315,13 @@ def test_unet_learns_and_follows_its_prompt(prediction):
     assert (z[0] - z[1]).mean() > 0.3, z.mean(dim=(1, 2, 3))      # all but the prompt is the same for both
 
 
+def test_learning_rate_warms_up_stays_and_falls_to_nothing():
+    rates = [ddpm.learning_rate(step, 1000, 0.5) for step in range(1000)]
+    assert rates[0] == pytest.approx(0.005) and set(rates[99:501]) == {0.5} and 0 < rates[-1] < 0.002
+    assert rates == sorted(rates[:500]) + sorted(rates[500:], reverse=True)
+    assert all(0 < ddpm.learning_rate(step, steps, 1.0) <= 1 for steps in (1, 2, 40, 150) for step in range(steps))
+
+
 def test_gradient_checkpoints_change_nothing():
     unet, vae = shake(UNet.from_config(SMALL_UNET)), shake(VAE.from_config(SMALL_VAE))
     z, t, context, x = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 24), torch.rand(1, 3, 16, 16)

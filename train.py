@@ -486,7 +486,7 @@ def main(args):
     begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD) == (
         "tiny", 3, 64, None, "cpu", torch.float32, False, 1)       # each step of it takes as long as 38 of these:
-    x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or 1100
+    x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or preset["unet"][0]
     took = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.38 * steps
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} "
           f"in {str(args.dtype)[6:]}{f'; about {took / 60:.0f} minutes' * usual}; the model goes to {plain(args.out)}/")
