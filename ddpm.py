@@ -235,7 +235,7 @@ class Muon(torch.optim.Optimizer):
                 p.add_((X.T if turned else X).view_as(p), alpha=-0.2 * group["lr"] * max(X.shape) ** 0.5)
 
 def learning_rate(step, steps, peak):
-    """Warm up for 100 steps: the optimizers' averages are empty. From half-way fall to 0: a cosine costs half a dB."""
+    """Warm up for 100 steps, while averages are empty; from half-way fall to 0. (A cosine costs the VAE half a dB.)"""
     return peak * min((step + 1) / min(100, steps), 2 - 2 * step / steps, 1)
 
 class Learner:
