@@ -301,6 +301,13 @@ def test_reparameterized_gradient_equals_finite_differences():
         assert gradient[0, k].item() == pytest.approx(slope, abs=2e-3)
 
 
+def test_a_new_vae_has_small_clouds():                             # in large ones a channel of latents may drown
+    for vae in (VAE.from_config(SMALL_VAE), VAE(**vae_sizes("tiny", 64)), VAE(**vae_sizes("base", 256))):
+        q = vae.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+        assert 0.002 < q.logvar.div(2).exp().min() and q.logvar.div(2).exp().max() < 0.1
+    assert VAE.from_config(SMALL_VAE | {"use_quant_conv": False}).encode(torch.zeros(1, 3, 32, 32)).mean.size(1) == 4
+
+
 def test_negative_elbo_is_squared_error_plus_weighted_kl():
     vae, x = shake(VAE.from_config(SMALL_VAE)), torch.rand(2, 3, 16, 16) * 2 - 1
     losses = {w: vae_loss(vae, x, w, torch.Generator().manual_seed(0))[0].item() for w in (0.0, 0.5, 1.0)}

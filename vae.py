@@ -13,8 +13,7 @@ decoder to redraw from any point of it, while the clouds are pulled towards N(0,
 
 Papers: Kingma & Welling 2013, "Auto-Encoding Variational Bayes"; Rombach et al. 2022, "High-Resolution Image Synthesis
 with Latent Diffusion Models". Names and defaults are the published Stable Diffusion 1.5's. Read next: clip_encoder.py.
-Letters: B pictures; C channels; H, W picture size; h = H/f, w = W/f latent size, f = 2**(levels - 1); N = h*w tokens.
-"""
+Letters: B pictures; C channels; H, W their size; h = H/f, w = W/f the latents', f = 2**(levels - 1); N = h*w tokens."""
 import inspect, itertools, math, re
 import numpy as np
 import torch
@@ -216,13 +215,14 @@ class VAE(nn.Module):
         super().__init__()
         self.config = {k: v for k, v in locals().items() if k not in ("self", "__class__", "scaling_factor")}
         channels = self.config["block_out_channels"] = tuple(block_out_channels)
-        self.scaling_factor = scaling_factor
-        self.f = 2 ** (len(channels) - 1)
+        self.scaling_factor, self.f = scaling_factor, 2 ** (len(channels) - 1)
         self.encoder = Encoder(in_channels, latent_channels, channels, layers_per_block, norm_num_groups)
         self.decoder = Decoder(out_channels, latent_channels, channels, layers_per_block, norm_num_groups)
         # 1x1 mixtures of the latent channels, kept from the vector-quantized sibling of this model.
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
+        if use_quant_conv:                                         # A new one's clouds start small, sigma = exp(-8/2):
+            nn.init.constant_(self.quant_conv.bias[latent_channels:], -8.0)         # from 1, a channel may stay noise.
 
     @classmethod
     def from_config(cls, config):
