@@ -221,7 +221,7 @@ class VAE(nn.Module):
         # 1x1 mixtures of the latent channels, kept from the vector-quantized sibling of this model.
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
-        if use_quant_conv:                                         # A new channel's clouds are small, sigma exp(-8/2):
+        if use_quant_conv:                                         # Channels start with small clouds, sigma exp(-8/2):
             nn.init.constant_(self.quant_conv.bias[latent_channels:], -8.0)         # at 1, one may stay noise (-0.6 dB)
 
     @classmethod
