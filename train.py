@@ -140,16 +140,18 @@ def draw(sky, land, place, extras, rng, S):
             top = base - 0.06 * noise(rng, c, octaves=3, gain=0.4) - tall * (1 - abs(2 * (u % 1) - 1))
         depth = ((Y - top) / 0.3).clip(0, 1)                       # 0 at the ridge, 1 well below
         shade = 1 + 0.5 * np.clip(slope, -0.8, 0.8) * np.exp(-2 * depth) - 0.25 * depth
-        shade = (shade + 0.07 * noise(rng, c, c, (6, 10), 2))[..., None]
-        ridge = (far + (near - far) * z) * light * shade
-        if "snow" in extras or land == "mountains":                # everywhere, or above a jagged line
+        ridge = (far + (near - far) * z) * light * (shade + 0.07 * noise(rng, c, c, (6, 10), 2))[..., None]
+        if "snow" in extras or land == "mountains":                # on crests and all that is nearest; on peaks
             line = inside((ground - 0.11 + 0.05 * noise(rng, c, None, (12, 0), 3, 0.7, smooth=False) - Y) / 2)
-            ridge = mix(ridge, 245 * light ** 0.6 * shade.clip(0.72, 1.05), 0.85 * np.maximum(line, "snow" in extras))
+            cap = inside(0.03 + 0.02 * noise(rng, c, octaves=3) + (z >= 1 - 0.5 * ("lake" in extras)) + top - Y)
+            snow = 0.92 * np.maximum(line, cap * ("snow" in extras))
+            ridge = mix(ridge, 250 * light ** 0.35 * shade.clip(0.72, 1.05)[..., None], snow)
         ridge = mix(ridge, horizon * (0.4 + 0.6 * light), 0.55 * (1 - z) ** 1.5)    # the air between
         picture = mix(picture, ridge, inside(Y - top))
-        if "mist" in extras:                                       # lies in the valley before each ridge
-            veil = 0.85 * np.exp(-((Y - base - 0.05) / 0.1) ** 2) * (1 + 0.4 * noise(rng, c, c, (3, 3), 3))
-            picture = mix(picture, (0.35 * horizon + 140 * light ** 0.6).clip(0, 255), veil.clip(0, 0.9))
+        if "mist" in extras:                                       # a bank hides the horizon; what is near shows
+            bank = 0.95 * np.exp(-((Y - ground - 0.055 - 0.02 * noise(rng, c, octaves=3)) / 0.045) ** 4) * (z < 0.4)
+            veil = (0.7 - z / 3) * np.exp(-((Y - base - 0.055) / 0.08) ** 2) * (1 + 0.3 * noise(rng, c, c, (3, 3), 3))
+            picture = mix(picture, (0.1 * horizon + 215 * light ** 0.5).clip(0, 255), np.maximum(veil, bank))
     if "lake" in extras:                                           # a mirror: squeezed, tinted, rippled
         shore = 0.78 + rng.uniform(-0.03, 0.03)
         mirrored = shore - 1.6 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
@@ -253,8 +255,7 @@ class Kept:
             return self.compute(indices).cpu()
         for first in sorted({i // self.block * self.block for i in indices if not self.done[i]}):
             todo = list(range(first, min(first + self.block, len(self.done))))
-            self.rows[todo] = self.compute(todo).to("cpu", self.rows.dtype)
-            self.done[todo] = True
+            self.rows[todo], self.done[todo] = self.compute(todo).to("cpu", self.rows.dtype), True
         return self.rows[indices]
 
 def open_data(args, split):
