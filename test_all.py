@@ -1530,7 +1530,7 @@ def run(script, *args, cwd=None, env=None):
 
 
 TINY_RUN = ["--steps", 4, "--max-images", 24, "--batch-size", 4, "--image-size", 32, "--save-every", 2,
-            "--sample-every", 2]
+            "--sample-every", 4]
 
 
 @pytest.fixture(scope="module")
