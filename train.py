@@ -141,7 +141,7 @@ def draw(sky, land, place, extras, rng, S):
         depth = ((Y - top) / 0.3).clip(0, 1)                       # 0 at the ridge, 1 well below
         shade = 1 + 0.5 * np.clip(slope, -0.8, 0.8) * np.exp(-2 * depth) - 0.25 * depth
         ridge = (far + (near - far) * z) * light * (shade + 0.07 * noise(rng, c, c, (6, 10), 2))[..., None]
-        if "snow" in extras or land == "mountains":                # on crests and all that is nearest; on peaks
+        if "snow" in extras or land == "mountains":         # on crests, and over all that is nearest; always on peaks
             line = inside((ground - 0.11 + 0.05 * noise(rng, c, None, (12, 0), 3, 0.7, smooth=False) - Y) / 2)
             cap = inside(0.03 + 0.02 * noise(rng, c, octaves=3) + (z >= 1 - 0.5 * ("lake" in extras)) + top - Y)
             snow = 0.92 * np.maximum(line, cap * ("snow" in extras))
