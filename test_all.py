@@ -1618,7 +1618,7 @@ def test_the_model_in_the_box_draws_what_it_is_told():
 
 
 def test_the_usual_run_says_how_long_it_will_take(monkeypatch, command):
-    """It says so before it trains. Of other runs it is not known, and nothing is said."""
+    """Of other runs it is not known, and nothing is said. (What the stages then do is not asked here.)"""
     for stage in ("vae", "clip", "unet"):
         monkeypatch.setattr(train, f"train_{stage}", lambda *_: None)
 
