@@ -23,7 +23,7 @@ it understood below is painted at full detail above. Numbers: Stable Diffusion 1
 Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time); Rombach et al. 2022 (with text).
 Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
 Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py. (In the drawing T is a transformer.)"""
-import math, os, pickle, re, unittest.mock
+import functools, math, os, pickle, re, unittest.mock
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -341,31 +341,31 @@ class UNet(nn.Module):
 
 # ---- Published weights: from a file into this model or those before it, and onto a device ----------------------------
 def read_weights(path, dtype_of):
-    """A file -> {name: tensor}; of .safetensors each is made ready before the next is read: memory holds them once.
+    """A file -> {name: tensor}; of .safetensors 16 are made ready before more are read: memory holds them once.
     dtype_of(name): a torch.dtype, or None to leave the tensor out. A pickle (.ckpt, .bin) may ask Python to call any
     function at all: weights_only refuses what tensors do not need. One name is let through, to an empty class, because
     Lightning leaves it in its files. Convolutions are fastest with a pixel's channels side by side: channels_last."""
     if path.endswith(".safetensors"):
-        names, read = safe_open(path, "pt").keys(), lambda name: safe_open(path, "pt").get_tensor(name)    # not held
+        opened = functools.lru_cache(1)(lambda sixteen: safe_open(path, "pt"))      # anew for each: the last are let go
+        names, read = opened(0).keys(), lambda name, k: opened(k // 16).get_tensor(name)
     else:
         lightning = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
         try:
             with torch.serialization.safe_globals([(type("ModelCheckpoint", (), {}), lightning)]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as e:                        # its message names what is refused, up to protocol 3
+            state = state.get("state_dict", state)
+            names, read = [k for k, x in state.items() if torch.is_tensor(x)], lambda name, _: state.pop(name)
+        except (pickle.UnpicklingError, AttributeError) as e:      # its message names what is refused, up to protocol 3
             raw = open(path, encoding="latin-1").read(2 ** 20)     # from 4 on: module, name, the byte 0x93
             new = re.findall(r"\x8c.((?!torch[\x94\x8c]|torch\._|collect)[\w.]+)\x94?\x8c.(\w+)\x94?\x93", raw, re.S)
             asked = re.findall(r"GLOBAL (\S+)", str(e)) + [".".join(pair) for pair in new]
             why = f"refused: it asks for {asked[0]}, which weights do not need" if asked else "not a file of weights"
             raise ValueError(why) from None
-        if not isinstance(state, dict):
-            raise ValueError("not a file of weights")
-        read, names = (state := state.get("state_dict", state)).pop, [k for k, x in state.items() if torch.is_tensor(x)]
         for x in map(state.get, names):                            # one number, repeated, may fill any memory
             if x.layout != torch.strided or x.is_meta or x.untyped_storage().nbytes() < x.nbytes:
                 raise ValueError("a file of tensors that are not simply all their numbers")
     return {name: x.to(dtype_of(name), memory_format=torch.channels_last if x.dim() == 4 else torch.preserve_format)
-            for name in names if dtype_of(name) for x in [read(name)]}
+            for k, name in enumerate(names) if dtype_of(name) for x in [read(name, k)]}
 
 def assemble(model, config, state, strays=False):
     """A class, its published config and weights (dicts) -> the module, in eval mode. ValueError names a misfit.
