@@ -1037,6 +1037,17 @@ def test_a_whole_clip_loads_and_tells_pictures_apart(tmp_path, pickled):
         assert relative(text(ids), theirs.text_model(ids).last_hidden_state) < 1e-5
 
 
+@pytest.mark.parametrize("preset, words, room", [("tiny", 1, 8), ("tiny", 6, 8), ("tiny", 7, 16), ("tiny", 90, 32),
+                                                 ("base", 90, 77)])
+def test_a_new_text_encoder_has_room_for_the_longest_caption_and_hardly_more(preset, words, room):
+    """Start and end count, too. Padding would drown a short caption's words in the mean of all tokens."""
+    captions = ["ship", "ship " * words]
+    tokenizer, clip = clip_encoder.build_clip(preset, 32, captions)
+    assert tokenizer.model_max_length == room == clip.text_encoder(0).config["max_position_embeddings"]
+    assert tokenize(tokenizer, captions).shape == (2, room)
+    assert bool(clip_encoder.cut_off(tokenizer, captions[1])) == (words > room - 2)
+
+
 def test_the_end_of_a_long_prompt_is_cut_off_with_a_warning(saved):
     pipe = load_pipeline(saved)
     short, long = "a red house", "a red house " * 6 + "BEYOND the Hill"
@@ -2680,7 +2691,7 @@ def bench():
     print_table("U-Net steps, samples a second",
                 ["", "width", "latents", "dtype", "diffusers", "nanoSD", "times as fast", "GiB"], rows)
 
-    tokenizer, clip = clip_encoder.build_clip("tiny", 64, ["a landscape", "a house under a clear sky"])
+    tokenizer, clip = clip_encoder.build_clip("tiny", 64, [Landscapes(64).caption(i) for i in range(2000)])
     pipe = Pipeline(UNet(**UNET_SIZES["tiny"], cross_attention_dim=128, sample_size=16), VAE(**vae_sizes("tiny", 64)),
                     clip.text_encoder(0), tokenizer, NoiseSchedule())
     for part in sample.PARTS:
