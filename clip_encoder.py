@@ -363,7 +363,7 @@ def build_clip(preset, image_size, captions):
     tiny's U-Net reads words before the tower's one block, so hardly their order: 8,000 captions do not teach it what to
     make of words that never met. Of pictures joining such words 88 % had all of them, read after the block 77 %.
     There is room for the longest caption, in eights, not more: the U-Net adds the mean of all tokens to the time, where
-    one word drowns in padding: CIFAR-10's ten moved it by 0.2 % of its length, in 8 tokens by 20 to 45 %."""
+    one word drowns in padding: CIFAR-10's moved it by 0.2 % of its length, among 8 tokens by 20 to 45 %."""
     width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
         "tiny": (128, 1, 128, 2, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
         "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]
