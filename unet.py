@@ -202,7 +202,7 @@ class UpBlock(nn.Module):
 
 # What train.py builds, see its --preset. tiny attends at its coarsest level alone: in equal time as good as at two.
 UNET_SIZES = {
-    "tiny": dict(block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=4, norm_num_groups=8,
+    "tiny": dict(block_out_channels=(64, 128, 128), layers_per_block=1, attention_head_dim=16, norm_num_groups=8,
                  down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
                  addition_embed_type="text", addition_embed_type_num_heads=4),
     "base": dict(block_out_channels=(128, 256, 512), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,

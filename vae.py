@@ -207,8 +207,8 @@ class DiagonalGaussian:
 
 class VAE(nn.Module):
     """Encoder, decoder and the Gaussian between them. `VAE()` is Stable Diffusion 1.5's; `from_config` takes others.
-    Diffusion works on `scaling_factor * z`. Its U-Nets assume data of unit variance, and a VAE's latents have whatever
-    spread training gave them; the factor is 1 / (their standard deviation), for Stable Diffusion's VAE 0.18215."""
+    Diffusion works on `scaling_factor * z`. Its U-Nets assume data of about unit variance, and a VAE's latents have any
+    spread that training gave them; 1 / (their standard deviation) is Stable Diffusion's factor, 0.18215."""
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512),
                  layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215, use_quant_conv=True,
                  use_post_quant_conv=True):
