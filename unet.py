@@ -75,8 +75,8 @@ class AttentionPooling(nn.Module):
 
 class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
-    Cross-attention lets each pixel pick its words; this tells every residual block "night, dunes" at once. With it 96 %
-    of pictures have all that their prompts name, without 93 %; of pairs never shown together 93 and 94 %: no gain."""
+    Cross-attention lets each pixel pick its words; this tells every residual block "night, dunes" at once. At latents
+    of unit variance 96 % of pictures had all that was asked for, without it 93; of pairs never shown 93 and 94 %."""
     def __init__(self, channels, temb_channels, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
