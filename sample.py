@@ -20,7 +20,7 @@ def parse_args():
     p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw (not with --guidance 1)")
     p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: 7.5; small models: 4)")
+    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: by model, 4 or 7.5)")
     p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
@@ -79,8 +79,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
 from safetensors.torch import save_file
 from tqdm import tqdm
-from clip_encoder import (CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, plain, settle, tokenize,
-                          weights_names)
+from clip_encoder import CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, plain, settle, tokenize, weights_names
 from ddpm import SAMPLERS, NoiseSchedule, guided, pin
 from unet import UNet, assemble, pick_device, read_weights
 from vae import VAE, grid, open_picture, picture_to_tensor, tensor_to_pictures
@@ -126,7 +125,8 @@ class Pipeline:
     tokenizer: object = None                                       # transformers' CLIPTokenizer
     schedule: NoiseSchedule = None
     device = property(lambda self: next(self.vae.parameters()).device)
-    guidance = property(lambda self: 4.0 if self.unet.config["addition_embed_type"] else 7.5)       # what looks best
+    guidance = property(lambda self: 4.0 if self.unet.config["addition_embed_type"] and             # what looks best;
+                        self.text_encoder.config["max_position_embeddings"] > 8 else 7.5)           # 8: class names
 
 PARTS = ("unet", "vae", "text_encoder")
 CLASSES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}
@@ -232,13 +232,13 @@ def save_json(path, value):
 
 def save_module(module, folder, part):
     """config.json and the weights of a part, as diffusers and transformers read them."""
-    save_json(os.path.join(folder, "config.json"), module.to_config())
-    state = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    save_file(state, os.path.join(folder, weights_names(part)[0]), {"format": "pt"})
+    config, weights = (os.path.join(folder, name) for name in ("config.json", weights_names(part)[0]))
+    save_json(config, module.to_config())
+    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, weights, {"format": "pt"})
+    with contextlib.suppress(OSError): shutil.copymode(config, weights)             # else for their owner alone
 
 def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
-    """Write pipe, or only some parts, as a folder that diffusers.StableDiffusionPipeline.from_pretrained reads: all of
-    it at once: with `settle`, nobody finds half of one and half of another. OSError where it cannot be written."""
+    """Write pipe, or some parts, as a folder that diffusers' from_pretrained reads: all, or after an OSError none."""
     with into(folder) as to:
         for part in parts:
             save_module(getattr(pipe, part), os.path.join(to, part), part)

@@ -1563,6 +1563,8 @@ def test_train_then_sample_then_diffusers(trained):
     for name in ("model_index.json", "samples/vae-000002.png", "samples/unet-000004.png", "loss-unet.png",
                  "train_state/unet.pt"):
         assert (trained / "out" / name).exists(), name
+    for weights in (trained / "out").rglob("*.safetensors"):       # who may read one file may read all
+        assert weights.stat().st_mode == weights.with_name("config.json").stat().st_mode, weights
     rows = [json.loads(line) for line in open(trained / "out" / "log-unet.jsonl")]
     assert rows[-1]["step"] == 4 and all(math.isfinite(row["loss"]) for row in rows)
     status, out, err = run("sample.py", "a landscape", "dunes at night", "--num-images", 2, "--steps", 3,
@@ -1653,6 +1655,37 @@ def test_latents_have_the_spread_that_diffusion_wants(trained):
     x = torch.stack([Landscapes(32, "val")[i][0] for i in range(32)])
     with torch.no_grad():
         assert (pipe.vae.scaling_factor * pipe.vae.encode(x).sample()).std().item() == pytest.approx(0.7, rel=0.1)
+
+
+def test_class_folders_have_latents_and_guidance_of_their_own(trained, tmp_path, command, no_sheets):
+    """Photographs want more noise than landscapes, and short captions more guidance: see train_vae, Pipeline."""
+    for k in range(20):
+        (tmp_path / f"p/{'red' if k % 2 else 'blue'}").mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(k).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((32, 32)).save(tmp_path / f"p/{'red' if k % 2 else 'blue'}/{k}.png")
+    status, _, err = command("train.py", *TINY_RUN, "--data", "p")
+    assert status == 0, err
+    pipe, x = load_pipeline(str(tmp_path / "out")), train.ImageFolder(tmp_path / "p", 32, "val")[0][0][None]
+    with torch.no_grad():
+        assert (pipe.vae.scaling_factor * pipe.vae.encode(x).sample()).std().item() == pytest.approx(0.5, rel=0.1)
+    assert pipe.guidance == 7.5 and load_pipeline(str(trained / "out")).guidance == 4.0
+    pipe.text_encoder.config["max_position_embeddings"] = 16
+    assert pipe.guidance == 4.0
+
+
+@pytest.mark.parametrize("flags, steps", [
+    (["--image-size", 64], "vae: 800"), (["--image-size", 32], "vae: 1090"),
+    (["--image-size", 32, "--steps", 11], "vae: 8"), (["--image-size", 32, "--stage", "vae"], "vae: 1090"), (["--stage", "clip", "--image-size", 48], "clip: 340"),
+    (["--stage", "unet", "--image-size", 32], "unet: 1500"), (["--stage", "unet"], "unet: 1100"),
+    (["--stage", "unet", "--image-size", 32, "--steps", 11], "unet: 11"),
+    (["--init", "out", "--out", "tuned"], "unet: 1100"), (["--preset", "base", "--image-size", 32], "vae: 50000")])
+def test_small_pictures_get_more_steps_for_the_same_time(trained, tmp_path, monkeypatch, command, flags, steps):
+    """Unless --steps says how many, or a model is fine-tuned; all stages in one run and apart alike."""
+    def learner(model, loss_of, dtype, settings, stage):
+        raise BadInput(f"{stage}: {settings['steps']}")
+    monkeypatch.setattr(train, "Learner", learner)
+    shutil.copytree(trained / "out", tmp_path / "out")
+    assert command("train.py", "--max-images", 24, *flags)[2].endswith(f"train.py: {steps}\n")
 
 
 def test_stages_run_apart_and_eval_measures(trained, tmp_path, command):
