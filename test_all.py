@@ -1675,7 +1675,8 @@ def test_class_folders_have_latents_and_guidance_of_their_own(trained, tmp_path,
 
 @pytest.mark.parametrize("flags, steps", [
     (["--image-size", 64], "vae: 800"), (["--image-size", 32], "vae: 1090"),
-    (["--image-size", 32, "--steps", 11], "vae: 8"), (["--image-size", 32, "--stage", "vae"], "vae: 1090"), (["--stage", "clip", "--image-size", 48], "clip: 340"),
+    (["--image-size", 32, "--steps", 11], "vae: 8"), (["--image-size", 32, "--stage", "vae"], "vae: 1090"),
+    (["--image-size", 48, "--stage", "clip"], "clip: 340"),
     (["--stage", "unet", "--image-size", 32], "unet: 1500"), (["--stage", "unet"], "unet: 1100"),
     (["--stage", "unet", "--image-size", 32, "--steps", 11], "unet: 11"),
     (["--init", "out", "--out", "tuned"], "unet: 1100"), (["--preset", "base", "--image-size", 32], "vae: 50000")])
