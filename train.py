@@ -153,8 +153,8 @@ def draw(sky, land, place, extras, rng, S):
             veil = (0.7 - z / 3) * np.exp(-((Y - base - 0.055) / 0.08) ** 2) * (1 + 0.3 * noise(rng, c, c, (3, 3), 3))
             picture = mix(picture, (0.1 * horizon + 215 * light ** 0.5).clip(0, 255), np.maximum(veil, bank))
     if "lake" in extras:                                           # a mirror: squeezed, tinted, rippled
-        shore = 0.78 + rng.uniform(-0.03, 0.03)
-        mirrored = shore - 1.6 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
+        shore = 0.83 + rng.uniform(-0.03, 0.03)                    # any higher, so little land is hardly learnt
+        mirrored = shore - 2.1 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
         water = 0.6 * picture[(mirrored * S).clip(0, S - 1).astype(int)] + 0.4 * (0.2 * zenith + 0.8 * horizon)
         picture = mix(picture, water, inside(Y - shore - 0.012 * noise(rng, c, first=(3, 0), octaves=3)))
     side, many = rng.integers(2), rng.integers(2, 5) * ("pines" in extras)
