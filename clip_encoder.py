@@ -362,8 +362,8 @@ def build_clip(preset, image_size, captions):
     """An untrained CLIP of train.py's preset, and a tokenizer trained on its captions -> (tokenizer, CLIP).
     tiny's U-Net reads words before the tower's one block, so hardly their order: 8,000 captions do not teach it what to
     make of words that never met. Of pictures joining such words 88 % had all of them, read after the block 77 %.
-    There is room for the longest caption, in eights, not more: the U-Net adds the mean of all tokens to the time, where
-    one word drowns in padding: CIFAR-10's moved it by 0.2 % of its length, among 8 tokens by 20 to 45 %."""
+    There is room for the longest caption, in eights, up to `length`, not more: the U-Net adds the mean of all tokens to
+    the time, where one word drowns in padding: a class name moved it by 0.2 % of its length, of 8 by 20 to 45 %."""
     width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
         "tiny": (128, 1, 128, 2, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
         "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]

@@ -24,7 +24,7 @@ def parse_args():
     p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
-    p.add_argument("--height", type=int, help="in pixels (default: as the model was trained, or as the init image)")
+    p.add_argument("--height", type=int, help="in pixels (default: the model's, or the init image's if not far larger)")
     p.add_argument("--width", type=int, help="in pixels (default: likewise)")
     p.add_argument("--init-image", metavar="FILE", help="start from this picture instead of from noise")
     p.add_argument("--strength", type=float, default=0.8, help="how far to leave the init image, up to 1 (default 0.8)")
@@ -281,7 +281,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
              frames=None, tile=False, last=False):
     """Draw num_images pictures for a prompt (str), or for each of several (list of str) -> list of PIL pictures.
     Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
-    device. height, width: in pixels; by default as the model was trained, or as init_image (PIL): start from it,
+    device. height, width: in pixels; by default the model's; or, if not far larger, of init_image (PIL): start from it,
     strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black kept. latents (B, 4, h, w):
     the noise to start from. frames: a list, gets each step's guess of the first few finished latents. tile: decode in
     tiles. last: let go of text encoder and U-Net once they are done. BadInput."""

@@ -308,6 +308,14 @@ def test_a_new_vae_has_small_clouds():                             # in large on
     assert VAE.from_config(SMALL_VAE | {"use_quant_conv": False}).encode(torch.zeros(1, 3, 32, 32)).mean.size(1) == 4
 
 
+@pytest.mark.parametrize("preset", ["tiny", "base", "sd15"])
+def test_a_new_vae_halves_every_size_that_may_be_asked_for(preset):
+    for size in range(16, 2049, 16):
+        f = 2 ** (len(vae_sizes(preset, size).get("block_out_channels", range(4))) - 1)
+        assert size % f == 0, f"{size} does not halve into {f}ths"
+        assert preset != "tiny" or 8 <= size // f, f"{size} leaves latents of {size // f}"
+
+
 def test_negative_elbo_is_squared_error_plus_weighted_kl():
     vae, x = shake(VAE.from_config(SMALL_VAE)), torch.rand(2, 3, 16, 16) * 2 - 1
     losses = {w: vae_loss(vae, x, w, torch.Generator().manual_seed(0))[0].item() for w in (0.0, 0.5, 1.0)}

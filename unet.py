@@ -54,7 +54,7 @@ class TimestepEmbedding(nn.Module):
 
 class AttentionPooling(nn.Module):
     """Words (B, M, D) -> one vector (B, D): a query asks all words, and their mean, what the sentence says.
-    A new one takes the mean, for good: queries and keys are zero, and each one's gradient is the other's multiple. If
+    A new one takes the mean, for good: queries and keys are zero, each one's gradient a multiple of the other: 0. If
     it attended, "sunset" would outvote a "forest" never seen with it (73 % had their forest; with the mean 100 %)."""
     def __init__(self, channels, heads):
         super().__init__()

@@ -292,8 +292,8 @@ class VAE(nn.Module):
 
 def vae_sizes(preset, image_size):
     """Arguments of the VAE that train.py builds for a preset."""
-    if preset == "tiny":                                           # latents of about 16x16 (8x8 for pictures of 16)
-        levels = max(2, round(math.log2(image_size / 16)) + 1)
+    if preset == "tiny":                     # latents of about 16x16 (8x8 for pictures of 16), if size halves so often
+        levels = min(max(2, round(math.log2(image_size / 16)) + 1), (image_size & -image_size).bit_length())
         return dict(block_out_channels=(16,) * (levels - 2) + (32, 64), layers_per_block=1, norm_num_groups=4)
     return {"base": dict(block_out_channels=(64, 128, 256, 256), norm_num_groups=16), "sd15": {}}[preset]
 
@@ -318,7 +318,7 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_wei
 
     Where detail is lost, the smallest squared error is the mean of all that it may have been: blur. The published VAE
     also had a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (hinge loss), the decoder to
-    pass for real: at its last layer gan_weight times as hard as to lessen the squared error, if the other is right."""
+    pass for real: at its last layer the gradients of the two are as gan_weight to 1, if the discriminator is right."""
     q = vae.encode(x)
     z = q.sample(generator)
     redrawn = vae.decode(z).float()
