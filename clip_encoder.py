@@ -107,7 +107,7 @@ def find(model, parts=()):
             chosen = [f for f in files if f.endswith((".json", ".txt"))
                       and os.path.dirname(f) in {"", "scheduler", "tokenizer", *parts}]
             for part in parts:
-                paths = (os.path.join(folder, file) for file in weights_names(part) for folder in (part, ""))
+                paths = (os.path.join(folder, file) for folder in (part, "") for file in weights_names(part))
                 chosen += [path for path in paths if path in files][:1]
         except Exception as e:                                     # no network, or no such model: is it in the cache?
             chosen, cached, why = ["model_index.json", "config.json"], True, why or e
@@ -237,7 +237,7 @@ class CLIPTextEncoder(nn.Module):
     @classmethod
     def from_config(cls, config):
         """From a published text_encoder/config.json (dict), or a whole CLIP's. ValueError names a key that is amiss."""
-        config = config.get("text_config", config)
+        config = config.get("text_config") or config
         return cls(**known(config, cls, "clip_text_model", dict(
             hidden_size=512, intermediate_size=2048, num_attention_heads=8, hidden_act="quick_gelu")))
 

@@ -77,7 +77,7 @@ class NoiseSchedule:
         Raises ValueError naming a key that asks for something else."""
         for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
             if config.get(key):
-                raise ValueError(f"scheduler_config.json: {key} = {config[key]!r} is not supported")
+                raise ValueError(f"scheduler_config.json: {key} is not supported: {config[key]!r}")
         known = dict(num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
                      prediction_type="epsilon", steps_offset=0, set_alpha_to_one=True, timestep_spacing=None,
                      clip_sample=True)

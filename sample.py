@@ -108,10 +108,10 @@ def run(main, args):
     except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
         status, why = 1, next((why for clue, why in (
             ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
+            ("Inductor|Dynamo", "--compile needs a C++ compiler, and found none that works"),
             ("DataLoader worker|gloo|NCCL|peer", "another process of this run is gone; --resume goes on"))
             if re.search(clue, f"{type(e).__name__} {e}")), None)
-        if not why:                                                # an error of ours: show where
-            raise
+        if not why: raise                                          # an error of ours: show where
     print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.stderr)
     sys.exit(status)
 
@@ -174,8 +174,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
             pipe.schedule = NoiseSchedule.from_config(read_json(config)) if os.path.exists(config) else pipe.schedule
     else:                                                          # all parts in one, told apart by their names
         words = "openai/clip-vit-large-patch14"
-        def part_of(name):
-            return next((part for part in parts if name.startswith(PREFIXES[part])), None)
+        def part_of(name): return next((part for part in parts if name.startswith(PREFIXES[part])), None)
         with blame(path):
             state = read_weights(path, lambda name: dtypes.get(part_of(name)))
         for part in parts:
@@ -196,10 +195,11 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
             most = 1 + max(pipe.tokenizer.get_vocab().values())
             assert most <= known, f"{most} words, but the text encoder knows {known}"
         if (tokenizer or words) != path and pipe.text_encoder.config["hidden_act"] == "gelu":
-            pipe.tokenizer.pad_token = "!"                         # id 0: as Stable Diffusion 2 was trained
+            pipe.tokenizer.add_special_tokens({"pad_token": "!"})  # id 0: as Stable Diffusion 2 was trained
     takes, gives = (module.config if module else {} for module in (pipe.unet, pipe.text_encoder))
-    if takes.get("in_channels", 4) not in (4, 9):
-        raise BadInput(f"{model}: its U-Net has {takes['in_channels']} input channels; only 4 and 9 are supported")
+    for part, key, *fit in (("unet", "in_channels", 4, 9), ("unet", "out_channels", 4), ("vae", "latent_channels", 4)):
+        if part in parts and (n := getattr(pipe, part).config[key]) not in fit:
+            raise BadInput(f"{model}: its {part} has {key} = {n}; supported is only {' and '.join(map(str, fit))}")
     if takes and gives and takes["cross_attention_dim"] != gives["hidden_size"]:
         raise BadInput(f"{model}: its U-Net reads text {takes['cross_attention_dim']} wide, not {gives['hidden_size']}")
     return pipe
@@ -383,7 +383,7 @@ def main(args):
                         frames=(frames := []))                     # what each step foresaw of the first few pictures
     names = [name, *(f"{stem}-{k}{ext}" for k in range(len(pictures)) if len(pictures) > 1)]
     gif = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, z, args.tile)]) for z in frames if args.gif]
-    with tempfile.TemporaryDirectory(dir=folder or ".", prefix=".writing-") as to:
+    with blame(f"--output {args.output}"), tempfile.TemporaryDirectory(dir=folder or ".", prefix=".writing-") as to:
         grid(pictures).save(os.path.join(to, name))
         for k, (each, picture) in enumerate(zip(names[len(names) > 1:], pictures)):
             info = PngImagePlugin.PngInfo()

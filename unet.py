@@ -58,6 +58,7 @@ class AttentionPooling(nn.Module):
     it attended, "sunset" would outvote a "forest" never seen with it (73 % had their forest; with the mean 100 %)."""
     def __init__(self, channels, heads):
         super().__init__()
+        assert channels % heads == 0, f"addition_embed_type_num_heads = {heads} does not divide {channels} channels"
         self.heads = heads
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, channels), std=channels ** -0.5))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
@@ -65,13 +66,12 @@ class AttentionPooling(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x):
-        B, _, D = x.shape
         query = x.mean(dim=1, keepdim=True) + self.positional_embedding
         x = torch.cat([query, x], dim=1)                           # (B, 1 + M, D)
         def split(y):                                              # (B, L, D) -> (B, heads, L, D/heads)
-            return y.view(B, -1, self.heads, D // self.heads).transpose(1, 2)
-        y = attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x)))
-        return y.transpose(1, 2).reshape(B, D)
+            return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        y = attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x)))    # (B, heads, 1, D/heads)
+        return y.flatten(1)
 
 class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
@@ -206,8 +206,7 @@ UNET_SIZES = {
                  down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
                  addition_embed_type="text", addition_embed_type_num_heads=4),
     "base": dict(block_out_channels=(128, 256, 512), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
-                 addition_embed_type="text", addition_embed_type_num_heads=8),
-    "sd15": {}}
+                 addition_embed_type="text", addition_embed_type_num_heads=8), "sd15": {}}
 
 class UNet(nn.Module):
     """The noise predictor. `UNet()` is Stable Diffusion 1.5's; `from_config` takes a published unet/config.json.
@@ -232,8 +231,7 @@ class UNet(nn.Module):
             raise ValueError(f"config.json: down_block_types: {name!r} is not CrossAttnDownBlock2D or DownBlock2D")
         mirrored = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends))
         if tuple(up_block_types or mirrored) != mirrored or not len(attends) == len(heads) == levels:
-            raise ValueError("config.json: down_block_types, up_block_types, attention_head_dim and block_out_channels "
-                             "do not describe one ladder")
+            raise ValueError("config.json: *_block_types, attention_head_dim, block_out_channels are not of one ladder")
         side = max(sample_size) if isinstance(sample_size, tuple) else sample_size
         self.config |= dict(block_out_channels=channels, up_block_types=mirrored, sample_size=side)
         temb = 4 * channels[0]
@@ -271,6 +269,8 @@ class UNet(nn.Module):
     def from_config(cls, config):
         """Build from a published unet/config.json (a dict). ValueError names a key that asks for something else."""
         config = {"cross_attention_dim": 1280, **config}           # diffusers' default where a file leaves it out
+        if re.match(r"0\.[0-8]\.", str(config.get("_diffusers_version"))) and config.get("sample_size") == 32:
+            config["sample_size"] = 64             # a slip of early converters: Stable Diffusion 1 was trained at 64
         return cls(**supported(config, cls, dict(
             act_fn="silu", center_input_sample=False, flip_sin_to_cos=True, freq_shift=0, downsample_padding=1,
             mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, resnet_time_scale_shift="default",
