@@ -22,7 +22,6 @@ import torch.nn.functional as F
 # ---- Tokenizer: text to integers. transformers has it; this is how one is trained ------------------------------------
 def train_tokenizer(captions, vocab_size=1024, max_length=32):
     """Learn a byte-pair encoding from captions (list of str) -> transformers' CLIPTokenizer, laid out as OpenAI's is.
-
     Byte-pair encoding starts from single bytes and again and again gives the most frequent pair of neighbours a symbol
     of its own, until the common words are one symbol each. Whatever is not a common word still has its bytes: no word
     is ever unknown. Ids: 256 bytes, 256 bytes that end a word, the learned pairs, start of text, end of text."""
@@ -38,8 +37,9 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
     merges = [tuple(pair) for pair in json.loads(learned.backend_tokenizer.to_str())["model"]["merges"]]
     return build(list(dict.fromkeys(symbols + [a + b for a, b in merges])), merges)         # all bytes, seen or not
 
-def load_tokenizer(source):
-    """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> transformers' CLIPTokenizer."""
+def load_tokenizer(source, reader=None):
+    """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> transformers' CLIPTokenizer.
+    reader: the TextEmbeddings that are to take its ids, and so many at most. ValueError if they know fewer words."""
     from transformers import CLIPTokenizer
     folder = find(source)
     folder = os.path.join(folder, "tokenizer") if os.path.isdir(os.path.join(folder, "tokenizer")) else folder
@@ -47,9 +47,13 @@ def load_tokenizer(source):
         assert {"tokenizer.json", "vocab.json"} & {*os.listdir(folder)}, "neither tokenizer.json nor vocab.json"
         tokenizer = CLIPTokenizer.from_pretrained(folder)
         assert tokenize(tokenizer, ["qzjx"]).size(1) > 2, "no room for words"       # nor may a word be unknown
+        if reader:
+            most, known = 1 + max(tokenizer.get_vocab().values()), reader.token_embedding.num_embeddings
+            assert most <= known, f"{most} words, but the text encoder knows {known}"
+            tokenizer.model_max_length = min(tokenizer.model_max_length, reader.position_embedding.num_embeddings)
         return tokenizer
     except Exception as e:                                         # whatever it was, one line says where
-        raise ValueError(f"{folder} holds no readable CLIP tokenizer ({str(e) or type(e).__name__})") from None
+        raise ValueError(f"{folder} holds no usable CLIP tokenizer ({str(e) or type(e).__name__})") from None
 
 def plain(text):
     """text with "?" in place of what is no character: bytes of a file name or a command line that are not UTF-8."""
@@ -140,8 +144,7 @@ class SelfAttention(nn.Module):
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
         scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)                  # (B, nh, T, T)
         if self.causal:
-            # The future gets probability exp(-inf) = 0. Padding comes last, so this alone hides it from the words, and
-            # the published models have no other mask.
+            # The future gets probability exp(-inf) = 0: and so does padding, which comes last. There is no other mask.
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         y = scores.softmax(dim=-1) @ v                             # (B, nh, T, hs)
@@ -255,7 +258,6 @@ class CLIPTextEncoder(nn.Module):
     @staticmethod
     def from_original(state):
         """Weights of the original release (a dict, prefix removed) -> (config, the same under the names used here).
-
         Stable Diffusion 1 has transformers' names. 2 has OpenCLIP's, with q, k and v in one matrix, and all 24 blocks
         of it, though the states that its U-Net reads are those before the last."""
         open_clip = any(k.startswith("model.") for k in state)
@@ -312,7 +314,6 @@ class VisionTransformer(nn.Module):
 
 class CLIP(nn.Module):
     """Both towers, their projections into the shared space, the learned temperature; names as transformers' CLIPModel.
-
     text_config, vision_config: dicts as in a published config.json; what they leave out has transformers' defaults."""
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)   # of CLIP's own pictures
     def __init__(self, text_config, vision_config, projection_dim=512, logit_scale_init_value=math.log(1 / 0.07)):
@@ -381,7 +382,6 @@ def contrastive_loss(clip, x, ids, join=lambda rows: rows):
     """Symmetric InfoNCE (Radford et al. 2021, Figure 3) of pictures x (B, 3, H, W) and captions ids (B, T)
     -> (loss, {"accuracy": how often a picture's own caption wins, "temperature": ...}).
     join: where several processes share a batch, this one's rows (b, P) -> (B, P), to compete with.
-
     Every picture is asked which of the B captions is its own, every caption which of the B pictures, by cosine over a
     temperature: two classifications with the right answers on the diagonal. To win, the text tower must say everything
     that tells these pictures apart, and learns the coarse things first. Equal captions do not compete."""

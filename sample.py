@@ -154,7 +154,7 @@ def load_clip(source, device="cpu", part="clip"):
         folder = find(source, [part])
         inside = os.path.join(folder, part)
         clip = load_part(part, inside if os.path.isdir(inside) else folder, torch.float32).to(device)
-        return clip, load_tokenizer(folder)
+        return clip, load_tokenizer(folder, clip.text_model.embeddings)
 
 def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS, prediction_type=None):
     """A folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt -> Pipeline, of some parts if asked.
@@ -191,13 +191,12 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         getattr(pipe, part).to(device)
     if "text_encoder" in parts:
         with blame(f"--tokenizer {tokenizer or words}"):
-            pipe.tokenizer, known = load_tokenizer(tokenizer or words), pipe.text_encoder.config["vocab_size"]
-            most = 1 + max(pipe.tokenizer.get_vocab().values())
-            assert most <= known, f"{most} words, but the text encoder knows {known}"
+            pipe.tokenizer = load_tokenizer(tokenizer or words, pipe.text_encoder.text_model.embeddings)
         if (tokenizer or words) != path and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.add_special_tokens({"pad_token": "!"})  # id 0: as Stable Diffusion 2 was trained
     takes, gives = (module.config if module else {} for module in (pipe.unet, pipe.text_encoder))
-    for part, key, *fit in (("unet", "in_channels", 4, 9), ("unet", "out_channels", 4), ("vae", "latent_channels", 4)):
+    for part, key, *fit in (("unet", "in_channels", 4, 9), ("unet", "out_channels", 4), ("vae", "latent_channels", 4),
+                            ("vae", "in_channels", 3), ("vae", "out_channels", 3)):
         if part in parts and (n := getattr(pipe, part).config[key]) not in fit:
             raise BadInput(f"{model}: its {part} has {key} = {n}; supported is only {' and '.join(map(str, fit))}")
     if takes and gives and takes["cross_attention_dim"] != gives["hidden_size"]:

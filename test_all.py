@@ -1090,6 +1090,27 @@ def test_too_many_words_for_the_text_encoder_are_refused(saved, tmp_path):
                     vocab_size=1200).save_pretrained(str(tmp_path))
     with pytest.raises(BadInput, match="--tokenizer .* words"):
         load_pipeline(saved, tokenizer=str(tmp_path))
+    text = dict(SMALL_TEXT, vocab_size=700, max_position_embeddings=9)
+    clip = CLIP(text, dict(hidden_size=24, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4,
+                           image_size=16, patch_size=4))
+    sample.save_module(clip, str(tmp_path), "clip")
+    with pytest.raises(BadInput, match="words, but the text encoder knows 700"):
+        sample.load_clip(str(tmp_path), part="text_encoder")
+    train_tokenizer(["a"], 600).save_pretrained(str(tmp_path))     # fewer words will do; more of them at a time not
+    clip, words = sample.load_clip(str(tmp_path))
+    ids = tokenize(words, ["a b c d e f g h i j k l"])
+    assert ids.shape == (1, 9) == clip.text_model(ids).shape[:2]
+
+
+def test_bare_words_are_saved_with_room_for_as_many_as_the_text_encoder_takes(saved, tmp_path):
+    """vocab.json and merges.txt do not say how many, and transformers then writes down 10^30."""
+    load_pipeline(saved).tokenizer.backend_tokenizer.model.save(str(tmp_path))
+    pipe = load_pipeline(saved, tokenizer=str(tmp_path))
+    save_pipeline(pipe, str(tmp_path / "out"))
+    words = transformers.CLIPTokenizer.from_pretrained(str(tmp_path / "out/tokenizer"))
+    room = pipe.text_encoder.config["max_position_embeddings"]
+    ids = words("a red house", padding="max_length", max_length=words.model_max_length, truncation=True).input_ids
+    assert len(ids) == room == words.model_max_length
 
 
 def test_tiles_join_into_the_whole_picture(saved):
@@ -2046,6 +2067,53 @@ def test_a_run_with_other_settings_is_not_resumed(trained, tmp_path, command, fl
     assert before == {p: p.read_bytes() for p in before}
 
 
+def test_a_run_whose_captions_have_changed_is_not_resumed(tmp_path, command, no_sheets):
+    """Of other captions another tokenizer is learnt: its ids would mean other words to the weights."""
+    (tmp_path / "p").mkdir()
+    for k in range(3):
+        Image.new("RGB", (16, 16), (80 * k, 0, 0)).save(tmp_path / f"p/{k}.png")
+        (tmp_path / f"p/{k}.txt").write_text(f"a boat {k}")
+    flags = ["--data", "p", "--stage", "clip", *TINY_RUN]
+    assert command("train.py", *flags)[0] == 0
+    assert command("train.py", *flags, "--resume")[0] == 0
+    (tmp_path / "p/1.txt").write_text("a house")
+    status, _, err = command("train.py", *flags, "--resume")
+    assert status == 2 and "--resume: " in err.splitlines()[-1] and "--data was" in err, err
+
+
+def test_an_unfinished_vae_is_not_resumed_under_a_unet_that_relies_on_it(trained, tmp_path, command, monkeypatch,
+                                                                         no_sheets):
+    flags, real = ["--stage", "vae", *TINY_RUN, "--steps", 6], train.learning_rate
+    shutil.copytree(trained / "out", tmp_path / "out")
+    monkeypatch.setattr(train, "learning_rate", lambda step,
+                        *rest: (step == 2 and os.kill(os.getpid(), signal.SIGINT), real(step, *rest))[1])
+    assert command("train.py", *flags)[0] == 1                     # Ctrl-C after three steps
+    monkeypatch.setattr(train, "learning_rate", real)
+    for stage in ("clip", "unet"):
+        assert command("train.py", "--stage", stage, *TINY_RUN)[0] == 0
+    before = (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").read_bytes()
+    status, _, err = command("train.py", *flags, "--resume")
+    assert status == 2 and "--resume: " in err.splitlines()[-1] and "out/unet away" in err, err
+    assert before == (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").read_bytes()
+    (tmp_path / "out/unet").rename(tmp_path / "unet")
+    assert command("train.py", *flags, "--resume")[0] == 0
+    assert before != (tmp_path / "out/vae/diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_a_size_that_the_vae_cannot_halve_is_refused_before_anything_is_moved(saved, tmp_path, command):
+    model = tmp_path / "m"
+    save_pipeline(load_pipeline(saved), str(model))
+    deep = VAE(block_out_channels=(16,) * 6, layers_per_block=1, norm_num_groups=4)                # f = 32
+    sample.save_module(deep, str(model / "vae"), "vae")
+    status, _, err = command("train.py", "--init", "m", *TINY_RUN, "--image-size", 48)
+    assert status == 2 and "--image-size 48 is no multiple of 32" in err.splitlines()[-1], err
+
+
+def test_a_missing_out_is_no_hub_id(tmp_path, command):
+    status, _, err = command("train.py", "--stage", "unet", *TINY_RUN, "--out", "runs/new")
+    assert status == 2 and "--stage vae" in err and "hub" not in err.replace("hub id", ""), err
+
+
 def test_gradients_that_are_no_numbers_stop_a_run_before_they_reach_a_weight():
     for value, gone_wrong in ((1.0, False), (0.0, True), (-1.0, True)):             # sqrt: fine; infinite slope; nan
         model = torch.nn.Linear(1, 1)
@@ -2186,6 +2254,9 @@ def bad_pictures(tmp_path):
     (folder / "bad_bomb.png").write_bytes(data[:12] + head + zlib.crc32(head).to_bytes(4, "big") + data[33:])
     os.symlink("bad_loop.png", folder / "bad_loop.png")
     os.symlink("nowhere.png", folder / "bad_link.png")
+    (folder / "bad_phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")   # a picture, but not to Pillow alone
+    (folder / ".thumbnails").mkdir()
+    photo.save(folder / ".thumbnails/hidden.png")
     os.symlink("..", folder / "around")                            # a folder that contains itself
     os.mkfifo(folder / "bad_pipe.png")                             # opened, it would wait for ever
     os.mkfifo(folder / "c_cmyk.txt")
@@ -2200,9 +2271,9 @@ def open_data(folder, out, split="train", size=16):
 def test_what_can_be_used_is_used_and_the_rest_is_named_once(bad_pictures, tmp_path, capsys):
     data = open_data(bad_pictures, tmp_path / "out")
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and "7 unreadable" in err
+    assert err.count("\n") == 1 and "8 unreadable" in err
     assert all(err.count(f"bad_{name}") == 1 for name in ("empty.png", "text.jpg", "head.png", "bomb.png", "loop.png",
-                                                          "link.png", "pipe.png"))
+                                                          "link.png", "pipe.png", "phone.HEIC"))
     assert len(data) == 9                                          # with the one that turns out broken further in
     pixels = data.pixels[list(range(9))]
     data.pixels[list(range(9))], open_data(bad_pictures, tmp_path / "out", "val")
@@ -2231,18 +2302,18 @@ def test_a_picture_that_vanishes_is_replaced(tmp_path, capsys):
 
 def test_photographs_are_also_learnt_mirrored_unless_a_caption_names_a_side(tmp_path):
     (tmp_path / "p").mkdir()
-    captions = ["a boat", "a boat on the left", "Right: a tree", "a bright, uplefted thing"]
+    captions = ["a boat", "a boat on the left", "Right: a tree", "a bright, uplefted thing", "boat_left", "leftmost"]
     for k, caption in enumerate(captions):
-        picture = Image.new("RGB", (16, 16), (60 * k, 0, 0))
+        picture = Image.new("RGB", (16, 16), (40 * k, 0, 0))
         picture.paste((255, 255, 255), (0, 0, 8, 16))              # the left half is white
         picture.save(tmp_path / f"p/{k}.png")
         (tmp_path / f"p/{k}.txt").write_text(caption)
     data = open_data(tmp_path / "p", tmp_path / "out")
-    assert data.n == 8 and data.captions == captions * 2
-    x = data.pixels[list(range(8))]
-    for k, mirrored in enumerate((True, False, False, True)):
-        assert x[k, :, :, :8].min() == 255 and torch.equal(x[k + 4], x[k].flip(2) if mirrored else x[k])
-    assert open_data(tmp_path / "p", tmp_path / "out", "val").n == 4                # what measures is as it is
+    assert data.n == 12 and data.captions == captions * 2
+    x = data.pixels[list(range(12))]
+    for k, mirrored in enumerate((True, False, False, True, False, False)):
+        assert x[k, :, :, :8].min() == 255 and torch.equal(x[k + 6], x[k].flip(2) if mirrored else x[k])
+    assert open_data(tmp_path / "p", tmp_path / "out", "val").n == 6                # what measures is as it is
     args = type("Args", (), dict(image_size=64, data="landscapes", preset="tiny", max_images=9, out=str(tmp_path)))
     assert train.open_data(args, "train").n == 9                   # a drawn sun on the left stays there
 

@@ -7,7 +7,7 @@
 Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
 `clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
 with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
-import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time
+import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time, zlib
 PRESETS = {   # what flags leave open; each stage's steps (below 64x64, where VAEs are quick, a third more), batch, rate
     "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(250, 128, 5e-3), unet=(1100, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
@@ -201,11 +201,12 @@ class ImageFolder:
     beside it (a.txt, a.caption for a.jpg), its subfolder's name, its own. Every 20th is "val", not "train". What cannot
     be used is told once. BadInput if nothing can; ValueError from [i] if a picture is broken."""
     def __init__(self, root, image_size=64, split="train", out=""):
-        drawn, lost = [os.path.abspath(f"{out}/{name}") for name in ("", "samples") if out], []     # training's own
+        drawn, lost = [os.path.realpath(f"{out}/{name}") for name in ("", "samples") if out], []    # training's own
+        kinds = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".heic", ".jxl"}
         files = sorted(os.path.relpath(os.path.join(folder, name), root)
                        for folder, _, names in os.walk(root, onerror=lambda e: lost.append(e.filename))
-                       if os.path.abspath(folder) not in drawn for name in names if name[0] != "."
-                       and Image.registered_extensions().get(os.path.splitext(name)[1].lower()) in Image.OPEN)
+                       if os.path.realpath(folder) not in drawn and f"{os.sep}." not in folder[len(root) - 1:]
+                       for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in kinds)
         def readable(path):
             with contextlib.suppress(Exception):                   # of a picture the head alone, of a pipe nothing
                 return os.path.isfile(os.path.join(root, path)) and Image.open(os.path.join(root, path)).close() is None
@@ -227,13 +228,11 @@ class ImageFolder:
     def __len__(self): return len(self.paths)
     def caption(self, i):                                          # without opening it
         stem = os.path.splitext(self.paths[i])[0]
-        if self.paths[i] in self.table:
-            return self.table[self.paths[i]]
+        if self.paths[i] in self.table: return self.table[self.paths[i]]
         for beside in filter(os.path.isfile, (os.path.join(self.root, stem + ext) for ext in (".txt", ".caption"))):
             with contextlib.suppress(OSError), open(beside, encoding="utf-8-sig", errors="replace") as f:
                 return f.read(10_000).strip()
-        folder, name = os.path.split(stem)
-        return plain((os.path.basename(folder) or name).replace("_", " ").replace("-", " "))
+        return plain((os.path.basename(os.path.dirname(stem)) or stem).replace("_", " ").replace("-", " "))
     def __getitem__(self, i):
         picture = open_picture(os.path.join(self.root, self.paths[i]))
         return picture_to_tensor(picture, self.image_size, self.image_size)[0], self.caption(i)
@@ -247,12 +246,10 @@ class Kept:
         self.done = torch.zeros(n, dtype=torch.bool).share_memory_()
         if size * dtype.itemsize < 2 ** 33:
             with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=folder) as f:
-                if hasattr(os, "posix_fallocate"):                 # no room on the disk? Then keep nothing
-                    os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)
+                if hasattr(os, "posix_fallocate"): os.posix_fallocate(f.fileno(), 0, size * dtype.itemsize)  # no room?
                 self.rows = torch.from_numpy(np.memmap(f, str(dtype)[6:], "r+", shape=(n, *shape)))
     def __getitem__(self, indices):
-        if self.rows is None:
-            return self.compute(indices).cpu()
+        if self.rows is None: return self.compute(indices).cpu()
         for first in sorted({i // self.block * self.block for i in indices if not self.done[i]}):
             todo = list(range(first, min(first + self.block, len(self.done))))
             self.rows[todo], self.done[todo] = self.compute(todo).to("cpu", self.rows.dtype), True
@@ -267,7 +264,7 @@ def open_data(args, split):
     most = min(len(data), args.max_images or PRESETS[args.preset].get("max_images", len(data)))
     at = range(most) if drawn else [k * len(data) // most for k in range(most)]     # some of every folder
     data.captions = [data.caption(i) for i in at] * (1 + (split == "train" and not drawn))
-    n, sided = len(data.captions), re.compile(r"\b(left|right)\b", re.IGNORECASE)
+    n, sided = len(data.captions), re.compile(r"(?<![^\W_])(left|right)(most|wards?)?(?![^\W_])", re.IGNORECASE)
     data.n, data.files, data.shown = n, most, torch.arange(n).share_memory_()
     def read(i):
         for j in itertools.chain(range(i, n), range(i)):
@@ -299,8 +296,7 @@ def set_aside(out, stages, resume):
             shutil.copytree(out, copy, ignore=lambda at, all_: {*all_} - model if at == out else (), dirs_exist_ok=True)
         os.rename(f"{out}/.copy", to)
         print(f"train.py: {out}/ holds an earlier run, of which {to}/ is a copy", file=sys.stderr)
-    for path in old:
-        os.remove(path) if os.path.isfile(path) or os.path.islink(path) else shutil.rmtree(path)
+    for path in old: os.remove(path) if os.path.isfile(path) or os.path.islink(path) else shutil.rmtree(path)
 
 # ---- The loop: one for all three stages ------------------------------------------------------------------------------
 def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
@@ -315,6 +311,8 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     if args.resume and os.path.exists(path):
         with blame(f"--resume: {path}"):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
+            assert stage == "unet" or learner.done == steps or not os.path.exists(f"{args.out}/unet"), \
+                f"the U-Net in {args.out}/ was trained with this part as it is; move {args.out}/unet away first"
     start, rows, picture_at = learner.done, learner.rows, endless(data.n, args.seed)    # place in a row -> picture
     args.compile and model.compile()
     # Side by side, for each part of a batch of this process: its pixels, its indices, its random generators.
@@ -463,14 +461,15 @@ def main(args):
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
     words = ["text_encoder"] * (args.text_encoder == "scratch" or args.stage == "eval")
     need = PARTS if args.init else {"unet": ["vae", *words], "eval": ["vae", *words, "unet"]}.get(todo[0], [])
-    pipe = load_pipeline(args.init or args.out, args.device, tokenizer=args.tokenizer, parts=need,
+    pipe = load_pipeline(args.init or args.out + "/", args.device, tokenizer=args.tokenizer, parts=need,
                          prediction_type=args.prediction_type) if need else Pipeline(schedule=NoiseSchedule())
-    if not words:
-        pipe.text_encoder, pipe.tokenizer = load_clip(args.text_encoder, args.device, "text_encoder")
+    if not words: pipe.text_encoder, pipe.tokenizer = load_clip(args.text_encoder, args.device, "text_encoder")
     if pipe.unet is None:                                          # a new one; why: see diffusion_loss
         pipe.schedule.prediction_type = args.prediction_type or ("v_prediction" if args.preset == "tiny" else "epsilon")
     takes, preset = pipe.unet.config if pipe.unet else {}, PRESETS[args.preset]
     args.image_size = args.image_size or (takes["sample_size"] * pipe.vae.f if takes else preset["image_size"])
+    if pipe.vae and args.image_size % pipe.vae.f:
+        raise BadInput(f"--image-size {args.image_size} is no multiple of {pipe.vae.f}, as this VAE halves pictures")
     if takes and (takes["in_channels"], takes["cross_attention_dim"]) != (4, pipe.text_encoder.config["hidden_size"]):
         raise BadInput("--init: a U-Net for inpainting, or for a text encoder of another width")
     if any((args.batch_size or preset[stage][1]) % (args.grad_accum * WORLD) for stage in todo if stage != "eval"):
@@ -480,7 +479,8 @@ def main(args):
         val = open_data(args, "val") if len(data) > 18 else data
     free = "stage out resume save_every sample_every workers device compile grad_checkpoint steps".split()
     args.settings = {flag: str(value).removeprefix("torch.") for flag, value in vars(args).items() if flag not in free}
-    args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures"         # all of them change weights
+    said = zlib.crc32(repr(data.captions).encode())                # all of these change weights
+    args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures, captions {said:x}"
     begun = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")          # else there is nothing yet
     WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
