@@ -43,6 +43,7 @@ def parse_args():
         except Exception as e:                                     # whatever a foreign file may hold
             p.error(f"--like {args.like}: not a picture with settings ({type(e).__name__} {e})")
         args = p.parse_intermixed_args()
+        args.prediction_type in (None, "epsilon", "v_prediction") or p.error(f"{args.like}: unknown prediction type")
     for flag in (flag for flag, value in vars(args).items() if value == "" and flag != "negative"):
         p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
     if args.sampler is None or not args.prompts:

@@ -1222,6 +1222,7 @@ def test_like_repeats_a_picture(saved, tmp_path, prompt, negative, command):
 
 
 def test_like_repeats_a_picture_made_from_a_picture(saved, tmp_path, command):
+    from PIL import PngImagePlugin
     photo(70, 50).save(tmp_path / "in, a: b.png")
     mask = Image.new("L", (70, 50), 255)
     mask.paste(0, (0, 0, 30, 50))
@@ -1239,6 +1240,11 @@ def test_like_repeats_a_picture_made_from_a_picture(saved, tmp_path, command):
         assert same == (not more)                                  # a flag overrides what the picture says
     status, _, err = command("sample.py", "--like", "mask.png")
     assert status == 2 and "--like mask.png" in err.splitlines()[-1]
+    info, words = PngImagePlugin.PngInfo(), Image.open(tmp_path / "a-3.png").text["parameters"]
+    info.add_itxt("parameters", words.replace("Prediction type: v_prediction", "Prediction type: sample"))
+    mask.save(tmp_path / "odd.png", pnginfo=info)
+    status, _, err = command("sample.py", "--like", "odd.png")
+    assert status == 2 and "odd.png: unknown prediction type" in err.splitlines()[-1]
 
 
 def test_other_tools_parameters_are_read(tmp_path):
