@@ -109,7 +109,7 @@ def run(main, args):
     except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
         status, why = 1, next((why for clue, why in (
             ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
-            ("Inductor|Dynamo", "--compile needs a C++ compiler, and found none that works"),
+            ("CxxCompiler|CppCompile", "--compile needs a C++ compiler, and found none that works"),
             ("DataLoader worker|gloo|NCCL|peer", "another process of this run is gone; --resume goes on"))
             if re.search(clue, f"{type(e).__name__} {e}")), None)
         if not why: raise                                          # an error of ours: show where

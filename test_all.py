@@ -2212,7 +2212,7 @@ def test_a_model_that_draws_no_numbers_is_told(saved):
 
 @pytest.mark.parametrize("error, words", [
     (KeyboardInterrupt(), "stopped"), (MemoryError(), "out of memory"),
-    (type("InductorError", (RuntimeError,), {})("InvalidCxxCompiler: no compiler"), "--compile needs a C"),
+    (type("InductorError", (RuntimeError,), {})("InvalidCxxCompiler: none works"), "--compile needs a C"),
     (RuntimeError("CUDA out of memory. Tried to ..."), "out of memory"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "--resume"),
     (OSError(28, "No space left on device"), "No space"),
