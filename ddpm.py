@@ -145,7 +145,7 @@ class NoiseSchedule:
         elif spacing == "leading":
             times = (np.arange(points) * max(self.T // points, 1))[-steps:] + self.steps_offset
         else:
-            times = (self.T - np.arange(steps) * (self.T / steps)).round() - 1
+            times = np.arange(self.T, 0, -self.T / steps)[:steps].round() - 1
         times = sorted({int(t) for t in times.clip(0, self.T - 1)}, reverse=True)
         if sampler == "ddim":                                      # published DDIM steps by a fixed stride, wherever
             pairs = [(t, t - self.T // steps) for t in times]      # the next entry of the list is

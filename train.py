@@ -205,7 +205,7 @@ class ImageFolder:
         kinds = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN} | {".heic", ".jxl"}
         files = sorted(os.path.relpath(os.path.join(folder, name), root)
                        for folder, _, names in os.walk(root, onerror=lambda e: lost.append(e.filename))
-                       if os.path.realpath(folder) not in drawn and f"{os.sep}." not in folder[len(root) - 1:]
+                       if os.path.realpath(folder) not in drawn and f"{os.sep}." not in folder[len(str(root)) - 1:]
                        for name in names if name[0] != "." and os.path.splitext(name)[1].lower() in kinds)
         def readable(path):
             with contextlib.suppress(Exception):                   # of a picture the head alone, of a pipe nothing
