@@ -5,6 +5,7 @@ it checks. Sections: names and shapes; equal outputs; the VAE's probabilities; d
 published models; CLIP and tokenizer; learning; data; loading and saving; the command lines; nothing lost; nothing let
 in."""
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -1789,6 +1790,18 @@ def test_the_usual_run_says_how_long_it_will_take(monkeypatch, command):
         return re.findall(r"; about (\d+) minutes; the model goes to out/", out)
     assert about("--steps", 1) == ["0"] and about("--steps", 1, "--image-size", 32) == []
     assert about("--steps", 1, "--batch-size", 4) == [] and about("--steps", 1, "--stage", "vae") == []
+    clock = type("Clock", (), {"time": itertools.count(0, 0.01).__next__})         # a convolution in 10 ms:
+    monkeypatch.setattr(train, "time", clock)                                      # 0.38 s for a U-Net's step and all
+    assert about("--steps", 1100) == ["7"] and about("--steps", 11000) == ["70"]   # that goes before its first
+
+
+def test_fine_tuning_is_gentle_unless_told(saved, command, monkeypatch, no_sheets):
+    for flags, peak in (([], 1e-5), (["--lr", 0.01], 0.01)):
+        rates, real = [], ddpm.Learner.step
+        monkeypatch.setattr(ddpm.Learner, "step", lambda self, lr: (rates.append(lr), real(self, lr)))
+        assert command("train.py", "--init", saved, *TINY_RUN, *flags)[0] == 0
+        assert rates == pytest.approx([ddpm.learning_rate(step, 4, peak) for step in range(4)])
+        monkeypatch.setattr(ddpm.Learner, "step", real)
 
 
 def test_what_clip_and_unet_learn_from(trained, tmp_path, command, monkeypatch):
