@@ -170,7 +170,7 @@ def test_attention_is_the_papers_formula_in_every_way_it_is_computed(N, M, dtype
     (NoiseSchedule, dict(beta_schedule="sigmoid"), "beta_schedule"),
     (NoiseSchedule, dict(timestep_spacing="log"), "timestep_spacing")])
 def test_a_config_that_asks_for_something_else_is_refused_by_key(model, config, key):
-    with torch.device("meta"), pytest.raises((ValueError, AssertionError), match=key):
+    with torch.device("meta"), pytest.raises(ValueError, match=key):
         model.from_config(config)
 
 
@@ -427,17 +427,17 @@ def test_guidance_is_linear():
 
 
 SPACINGS = [None, "leading", "trailing", "linspace"]
+SCHEDULERS = {"ddim": diffusers.DDIMScheduler, "dpmpp": diffusers.DPMSolverMultistepScheduler,
+              "ddpm": diffusers.DDPMScheduler}
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp", "ddpm"])
 def test_schedule_and_times_equal_diffusers(sampler, spacing):
-    theirs = {"ddim": diffusers.DDIMScheduler, "dpmpp": diffusers.DPMSolverMultistepScheduler,
-              "ddpm": diffusers.DDPMScheduler}[sampler]
     for beta in ("linear", "scaled_linear", "squaredcos_cap_v2"):
         config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule=beta, steps_offset=1, clip_sample=False)
         config |= {"timestep_spacing": spacing} if spacing else {}
-        ours, other = NoiseSchedule.from_config(config), theirs.from_config(config)
+        ours, other = NoiseSchedule.from_config(config), SCHEDULERS[sampler].from_config(config)
         assert relative(ours.alpha_bar, other.alphas_cumprod) < 1e-4
         for steps in (1, 7, 20, 25, 30, 48, 50, 96, 333):
             other.set_timesteps(steps)
@@ -446,17 +446,16 @@ def test_schedule_and_times_equal_diffusers(sampler, spacing):
 
 def test_steps_equal_diffusers_whatever_the_schedule_says():
     """Schedules, strides and parts of the way at random, for a model that is wrong in its own way at every t."""
-    theirs, rng = {"ddim": diffusers.DDIMScheduler, "dpmpp": diffusers.DPMSolverMultistepScheduler,
-                   "ddpm": diffusers.DDPMScheduler}, np.random.default_rng(0)
-    compared = 0
+    rng, compared = np.random.default_rng(0), 0
     for trial in range(120):
         def one_of(*values): return values[rng.integers(len(values))]
-        sampler, T, steps = one_of(*theirs), one_of(1000, 1000, 100, 333, 4000), one_of(1, 2, 3, 5, 7, 20, 25, 50)
+        sampler, T, steps = one_of(*SCHEDULERS), one_of(1000, 1000, 100, 333, 4000), one_of(1, 2, 3, 5, 7, 20, 25, 50)
         config = dict(num_train_timesteps=T, beta_start=one_of(0.00085, 1e-4), beta_end=one_of(0.012, 0.02),
                       beta_schedule=one_of("linear", "scaled_linear", "squaredcos_cap_v2"), steps_offset=one_of(0, 1),
                       prediction_type=one_of("epsilon", "v_prediction"), set_alpha_to_one=one_of(True, False),
                       clip_sample=one_of(True, False)) | one_of({}, *(dict(timestep_spacing=s) for s in SPACINGS[1:]))
-        ours, other, strength = NoiseSchedule.from_config(config), theirs[sampler].from_config(config), one_of(1, 1, .6)
+        ours, other = NoiseSchedule.from_config(config), SCHEDULERS[sampler].from_config(config)
+        strength = one_of(1, 1, 0.6)
         other.set_timesteps(steps)
         first = steps - int(steps * strength)
         if first == steps:
@@ -611,9 +610,7 @@ def saved(tmp_path_factory):
 
 def theirs_from(folder, sampler, cls=diffusers.StableDiffusionPipeline, **config):
     pipe = cls.from_pretrained(folder)
-    scheduler = {"ddim": diffusers.DDIMScheduler, "dpmpp": diffusers.DPMSolverMultistepScheduler,
-                 "ddpm": diffusers.DDPMScheduler}[sampler]
-    pipe.scheduler = scheduler.from_config(dict(pipe.scheduler.config) | config)
+    pipe.scheduler = SCHEDULERS[sampler].from_config(dict(pipe.scheduler.config) | config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -2168,6 +2165,11 @@ def test_a_finished_run_that_lost_its_unet_writes_it_again(trained, tmp_path, co
                                         load_pipeline(str(trained / "out")).unet), err
 
 
+def with_ctrl_c(at, learning_rate):
+    """The learning rate as it is; but at one step somebody presses Ctrl-C."""
+    return lambda step, *rest: (step == at and os.kill(os.getpid(), signal.SIGINT), learning_rate(step, *rest))[1]
+
+
 @pytest.mark.parametrize("stage, more", [("vae", []), ("vae", ["--gan-weight", 0.5]), ("clip", []), ("unet", [])])
 def test_a_stage_cut_off_twice_ends_where_an_uninterrupted_one_does(trained, tmp_path, monkeypatch, command,
                                                                     no_sheets, stage, more):
@@ -2186,8 +2188,7 @@ def test_a_stage_cut_off_twice_ends_where_an_uninterrupted_one_does(trained, tmp
     with pytest.raises(PowerCut):
         command("train.py", *flags, "--out", "broken")
     assert torch.load(tmp_path / f"broken/train_state/{stage}.pt", weights_only=True)["step"] == 3
-    monkeypatch.setattr(train, "learning_rate", lambda step,
-                        *rest: (step == 6 and os.kill(os.getpid(), signal.SIGINT), real(step, *rest))[1])
+    monkeypatch.setattr(train, "learning_rate", with_ctrl_c(6, real))
     status, _, err = command("train.py", *flags, "--out", "broken", "--resume")
     assert status == 1 and "step 8" in err and "--resume" in err.splitlines()[-1]
     monkeypatch.setattr(train, "learning_rate", real)
@@ -2237,8 +2238,7 @@ def test_an_unfinished_vae_is_not_resumed_under_a_unet_that_relies_on_it(trained
                                                                          no_sheets):
     flags, real = ["--stage", "vae", *TINY_RUN, "--steps", 6], train.learning_rate
     shutil.copytree(trained / "out", tmp_path / "out")
-    monkeypatch.setattr(train, "learning_rate", lambda step,
-                        *rest: (step == 2 and os.kill(os.getpid(), signal.SIGINT), real(step, *rest))[1])
+    monkeypatch.setattr(train, "learning_rate", with_ctrl_c(2, real))
     assert command("train.py", *flags)[0] == 1                     # Ctrl-C after three steps
     monkeypatch.setattr(train, "learning_rate", real)
     for stage in ("clip", "unet"):

@@ -58,7 +58,8 @@ class AttentionPooling(nn.Module):
     it attended, "sunset" would outvote a "forest" never seen with it (73 % had their forest; with the mean 100 %)."""
     def __init__(self, channels, heads):
         super().__init__()
-        assert channels % heads == 0, f"addition_embed_type_num_heads = {heads} does not divide {channels} channels"
+        if channels % heads:
+            raise ValueError(f"config.json: addition_embed_type_num_heads = {heads} does not divide {channels}")
         self.heads = heads
         self.positional_embedding = nn.Parameter(nn.init.normal_(torch.empty(1, channels), std=channels ** -0.5))
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(channels, channels) for _ in range(3))
@@ -70,8 +71,7 @@ class AttentionPooling(nn.Module):
         x = torch.cat([query, x], dim=1)                           # (B, 1 + M, D)
         def split(y):                                              # (B, L, D) -> (B, heads, L, D/heads)
             return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
-        y = attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x)))    # (B, heads, 1, D/heads)
-        return y.flatten(1)
+        return attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x))).flatten(1)      # (B, D)
 
 class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
