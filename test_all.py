@@ -2205,6 +2205,15 @@ def test_a_stage_cut_off_twice_ends_where_an_uninterrupted_one_does(trained, tmp
         assert all(torch.equal(whole[name][k], broken[name][k]) for k in whole[name])
 
 
+@pytest.mark.parametrize("flags, given", [([], (0, False)), (["--gan-weight", 0.25], (0.25, True))])
+def test_gan_weight_and_a_discriminator_reach_the_loss(command, monkeypatch, no_sheets, flags, given):
+    seen, real = [], train.vae_loss
+    monkeypatch.setattr(train, "vae_loss", lambda **asked: (
+        seen.append((asked["gan_weight"], "discriminator" in asked)), real(**asked))[1])
+    assert command("train.py", "--stage", "vae", *TINY_RUN, "--steps", 2, *flags)[0] == 0
+    assert seen == [given] * 2
+
+
 @pytest.mark.parametrize("flag, value", [
     ("--lr", 0.01), ("--batch-size", 8), ("--steps", 9), ("--seed", 3), ("--image-size", 16), ("--max-images", 20),
     ("--min-snr", 0), ("--grad-accum", 2), ("--prediction-type", "epsilon"), ("--dtype", "bfloat16"),
