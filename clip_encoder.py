@@ -39,14 +39,14 @@ def train_tokenizer(captions, vocab_size=1024, max_length=32):
 
 def load_tokenizer(source, reader=None):
     """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> transformers' CLIPTokenizer.
-    reader: the TextEmbeddings that are to take its ids, and so many at most. ValueError if they know fewer words."""
+    reader: the TextEmbeddings for its ids, which limit their number. ValueError if it knows more words than they do."""
     from transformers import CLIPTokenizer
     folder = find(source)
     folder = os.path.join(folder, "tokenizer") if os.path.isdir(os.path.join(folder, "tokenizer")) else folder
     try:
         assert {"tokenizer.json", "vocab.json"} & {*os.listdir(folder)}, "neither tokenizer.json nor vocab.json"
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        assert tokenize(tokenizer, ["qzjx"]).size(1) > 2, "no room for words"       # nor may a word be unknown
+        assert tokenize(tokenizer, ["qzjx"]).size(1) > 2, "no room for words"       # raises if it lacks even "unknown"
         if reader:
             most, known = 1 + max(tokenizer.get_vocab().values()), reader.token_embedding.num_embeddings
             assert most <= known, f"{most} words, but the text encoder knows {known}"
@@ -79,7 +79,7 @@ def weights_names(part):
     return [name for kind in ("", ".fp16", ".non_ema") for name in (f"{new}{kind}.safetensors", f"{old}{kind}.bin")]
 
 def settle(folder):
-    """Move what sample.py's `all_at_once` wrote to its place, where a process was killed before it could."""
+    """Move what sample.py's `all_at_once` wrote to its place: at its end, or before reading if a kill came between."""
     written = os.path.join(folder, ".written")
     found = [] if os.path.islink(written) else list(os.walk(written))
     for at, _, names in found:                                     # not out of links, not into links
@@ -192,8 +192,8 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.position_embedding = nn.Embedding(max_length, width)
-        nn.init.normal_(self.token_embedding.weight, std=2)        # CLIP: 0.02. Large beside what the blocks add, words
-        nn.init.normal_(self.position_embedding.weight, std=0.01)  # stay themselves in company that they never kept
+        nn.init.normal_(self.token_embedding.weight, std=2)        # CLIP: 0.02. So large, a word outweighs what blocks
+        nn.init.normal_(self.position_embedding.weight, std=0.01)  # add to it: it means the same beside any other word
 
     def forward(self, ids):
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.size(1)]
@@ -213,7 +213,7 @@ class TextTransformer(nn.Module):
         return self.final_layer_norm(self.encoder(self.embeddings(ids)))
 
 def known(config, model, model_type, defaults):
-    """Keep of a transformers config (dict) what `model` takes. ValueError names a key that asks for something else."""
+    """What `model` takes of a transformers config (dict). ValueError names a key that asks for something else."""
     if config.get("model_type", model_type) != model_type:
         raise ValueError(f"config.json: model_type = {config['model_type']!r} is not {model_type!r}")
     config = {**defaults, **config}                                # transformers' defaults for what a file leaves out
@@ -221,7 +221,7 @@ def known(config, model, model_type, defaults):
         raise ValueError(f"config.json: hidden_act = {config['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
     kept = {key: value for key, value in config.items() if key in inspect.signature(model).parameters}
     for key, x in kept.items():
-        low, high = int((model, key) != (CLIPTextEncoder, "num_hidden_layers")), 256 if "layers" in key else 2 ** 20
+        low, high = (0 if model is CLIPTextEncoder else 1, 256) if "layers" in key else (1, 2 ** 20)
         if not (re.search("act|_id", key) or (0 < x if "eps" in key else type(x) is int and low <= x) and x <= high):
             raise ValueError(f"config.json: {key} = {x!r} is not above 0, not whole, or beyond {high}")
     return kept
@@ -363,15 +363,15 @@ def build_clip(preset, image_size, captions):
     """An untrained CLIP of train.py's preset, and a tokenizer trained on its captions -> (tokenizer, CLIP).
     tiny's U-Net reads words before the tower's one block, so hardly their order: 8,000 captions do not teach it what to
     make of words that never met. Of pictures joining such words 88 % had all of them, read after the block 77 %.
-    There is room for the longest caption, in eights, up to `length`, not more: the U-Net adds the mean of all tokens to
-    the time, where one word drowns in padding: a class name moved it by 0.2 % of its length, of 8 by 20 to 45 %."""
+    T is the longest caption's, rounded up to eights, at most `length`: the U-Net adds the mean of all T tokens to the
+    time, where padding drowns a word: a class name moved that vector by 0.2 % of its norm, at T = 8 by 20 to 45 %."""
     width, layers, vision_width, vision_layers, patches, vocabulary, length, shared = {
         "tiny": (128, 1, 128, 2, 4, 1024, 32, 64), "base": (512, 6, 512, 6, 16, 8192, 77, 256),
         "sd15": (768, 12, 1024, 24, 16, 49408, 77, 768)}[preset]
     def tower(D, n):
         return dict(hidden_size=D, intermediate_size=4 * D, num_hidden_layers=n, num_attention_heads=max(D // 64, 4))
     tokenizer = train_tokenizer(captions, vocabulary, length)
-    longest = max(map(len, tokenizer([*{*captions}], truncation=True).input_ids))
+    longest = max(map(len, tokenizer(list(set(captions)), truncation=True).input_ids))
     tokenizer.model_max_length = length = min(length, longest + -longest % 8)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text = tower(width, layers) | dict(ids, vocab_size=len(tokenizer), max_position_embeddings=length)
@@ -381,7 +381,7 @@ def build_clip(preset, image_size, captions):
 def contrastive_loss(clip, x, ids, join=lambda rows: rows):
     """Symmetric InfoNCE (Radford et al. 2021, Figure 3) of pictures x (B, 3, H, W) and captions ids (B, T)
     -> (loss, {"accuracy": how often a picture's own caption wins, "temperature": ...}).
-    join: where several processes share a batch, this one's rows (b, P) -> (B, P), to compete with.
+    join: this process's rows (b, P) -> those of all processes that share the batch (B, P), so that all compete.
     Every picture is asked which of the B captions is its own, every caption which of the B pictures, by cosine over a
     temperature: two classifications with the right answers on the diagonal. To win, the text tower must say everything
     that tells these pictures apart, and learns the coarse things first. Equal captions do not compete."""

@@ -18,7 +18,7 @@ x_0 itself, DDPM drew worse, section 3.2: an error there weighs differently at e
 Why is a squared error on eps enough? The negative log likelihood is bounded by a sum of KL divergences between the true
 posterior and the model's step, one for each t (Eq. 5). Both are Gaussians of the same variance, so each KL is a
 weighted squared distance of their means (Eq. 8). Written in eps, that is weight_t * |eps - eps_theta(x_t, t)|^2
-(Eq. 12). All weights 1, the simple loss (Eq. 14) spends more on large t than the bound does, and it draws better.
+(Eq. 12). With all weights 1, the simple loss (Eq. 14) spends more on large t than the bound, and draws better.
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
@@ -104,9 +104,9 @@ class NoiseSchedule:
 
         t_prev < t is where to go, negative for the very end. With t_prev = t - 1 this is the paper's; a longer stride
         is the same formula, with alpha = abar_t / abar_prev for all the steps in between."""
-        abar, abar_prev = self.at(self.alpha_bar, t, x_t), self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
-        alpha = abar / abar_prev
-        beta = 1 - alpha
+        abar = self.at(self.alpha_bar, t, x_t)
+        abar_prev = self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
+        alpha, beta = abar / abar_prev, 1 - abar / abar_prev
         mean = abar_prev ** 0.5 * beta / (1 - abar) * x0 + alpha ** 0.5 * (1 - abar_prev) / (1 - abar) * x_t   # Eq. 7
         return mean, (1 - abar_prev) / (1 - abar) * beta                                                       # Eq. 7
 
@@ -209,9 +209,9 @@ def chances(seed, places):
 
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then a step of the same size in every direction that the gradient points in.
-    A layer's gradient is a matrix with few large singular values, and so are AdamW's steps, entry by entry. Muon sets
-    all of them to about 1, so that rare directions learn as fast as common ones. The VAE's first 90 seconds on two
-    cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone."""
+    A layer's gradient is a matrix with few large singular values; AdamW's step, scaled entry by entry, is one, too.
+    Muon sets all of them to about 1, so that rare directions learn as fast as common ones. The VAE's first 90 seconds
+    on two cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone."""
     def __init__(self, params, lr=1e-3, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 
@@ -224,7 +224,7 @@ class Muon(torch.optim.Optimizer):
                 X = p.grad.lerp(mean, group["momentum"]).flatten(1)                # Nesterov: one gradient ahead
                 turned, X = X.size(0) > X.size(1), X / (X.norm() + 1e-7)           # singular values s in [0, 1]
                 X = X.T if turned else X
-                # Newton-Schulz: five rounds of X <- M X take each s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Q: all M.
+                # Newton-Schulz: five rounds X <- M X, each takes s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Q = M5 ... M1.
                 A, Q = X @ X.T, None
                 for _ in range(5):
                     M = torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315)           # -4.775 A + 2.0315 A A
@@ -242,7 +242,7 @@ class Learner:
     """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.
 
     Muon takes the matrices inside; AdamW the rest: gains and biases, which have no directions to even out, embeddings,
-    what embeds time and text, first and last layers. `average` is the weights' moving average (EMA), in a long run
+    what embeds time and text, every conv_in and conv_out. `average` is the weights' moving average (EMA), in a long run
     over the last 200 steps, fewer at first: the jitter of single steps cancels out, and what is drawn is better.
     float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
     loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
@@ -288,7 +288,7 @@ class Learner:
         self.scaler.unscale_(self.adamw)
         self.norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
         told = torch.tensor([sum(sums["loss"]), len(stop)], device=self.device)
-        WORLD > 1 and torch.distributed.all_reduce(told)           # all go on, or all stop
+        if WORLD > 1: torch.distributed.all_reduce(told)           # all go on, or all stop
         if not math.isfinite(told[0] + (0 if self.scaler.is_enabled() else self.norm)):     # float16 has its scaler
             raise ArithmeticError(f"{self.name}, step {self.done}: loss {told[0]}, gradient {self.norm}: lower --lr")
         return {name: sum(values) / len(values) for name, values in sums.items()}, told[1] > 0
@@ -310,14 +310,14 @@ def guide(cond, uncond, w):
     """Classifier-free guidance, w * (cond - uncond) + uncond (Ho & Salimans 2022, Eq. 6, their weight being w - 1).
 
     w = 0 leaves the prompt out, w = 1 is the plain conditional model, w > 1 exaggerates what a prompt adds. A negative
-    prompt stands for none, in uncond. Earlier models followed the gradient of a classifier, log p(prompt|x_t), trained
-    on noisy pictures: by Bayes' rule it is, up to scale, cond - uncond. Hence the captions dropped in train_unet."""
+    prompt replaces the empty one in uncond. Earlier models followed the gradient of log p(prompt|x_t), a classifier
+    trained on noisy pictures: by Bayes' rule that is, up to scale, cond - uncond. Dropped captions teach uncond."""
     return w * (cond - uncond) + uncond
 
 def guided(unet, context, w, seen=None):
     """unet(z, t (B,), context) -> the model(z, t) that samplers ask, t an int, with guidance of weight w.
 
-    context (2*B, T, D): the text states of what to avoid, then of the prompts; (B, T, D), of the prompts, where w = 1.
+    context (2*B, M, D): the text states of what to avoid, then of the prompts; (B, M, D), of the prompts, where w = 1.
     seen (B, 5, h, w): what an inpainting model sees beside z: the mask, and the latents of what is kept."""
     def model(z, t):                                               # (B, 4, h, w), int -> eps or v, (B, 4, h, w)
         x = z if seen is None else torch.cat([z, seen], dim=1)

@@ -52,7 +52,7 @@ def parse_args():
 
 FIELDS = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Model": "model", "Denoising strength": "strength",
           "Init image": "init_image", "Mask": "mask", "Asked width": "width", "Asked height": "height", "Tiles": "tile",
-          "Tokenizer": "tokenizer", "Prediction type": "prediction_type"}           # in a PNG: of the command line
+          "Tokenizer": "tokenizer", "Prediction type": "prediction_type"}           # name in a PNG: flag's name
 
 def write_parameters(args, k, size):
     """What Stable Diffusion tools keep in a PNG as `parameters`, of picture k: the prompts, then a line of settings."""
@@ -105,7 +105,7 @@ def run(main, args):
     try:
         return main(args)
     except (BadInput, OSError, ArithmeticError) as e:
-        status, why = 2 - isinstance(e, ArithmeticError), (str(e).splitlines() or [type(e).__name__])[-1]
+        status, why = 1 if isinstance(e, ArithmeticError) else 2, (str(e).splitlines() or [type(e).__name__])[-1]
     except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
         status, why = 1, next((why for clue, why in (
             ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
@@ -165,7 +165,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         path, pipe = find(model, parts), Pipeline(schedule=NoiseSchedule())
     dtypes = {part: torch.float32 if part == "vae" and dtype == torch.float16 else dtype for part in parts}
     if os.path.isdir(path):
-        words, config = path, os.path.join(path, "scheduler", "scheduler_config.json")
+        tokenizer, config = tokenizer or path, os.path.join(path, "scheduler", "scheduler_config.json")
         for part in parts:
             folder, stage = os.path.join(path, part), part.replace("text_encoder", "clip")
             if not os.path.isdir(folder):
@@ -174,7 +174,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         with blame(config):                                        # without a file: Stable Diffusion 1.5's
             pipe.schedule = NoiseSchedule.from_config(read_json(config)) if os.path.exists(config) else pipe.schedule
     else:                                                          # all parts in one, told apart by their names
-        words = "openai/clip-vit-large-patch14"
+        tokenizer = tokenizer or "openai/clip-vit-large-patch14"
         def part_of(name): return next((part for part in parts if name.startswith(PREFIXES[part])), None)
         with blame(path):
             state = read_weights(path, lambda name: dtypes.get(part_of(name)))
@@ -191,9 +191,9 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
     for part in parts:
         getattr(pipe, part).to(device)
     if "text_encoder" in parts:
-        with blame(f"--tokenizer {tokenizer or words}"):
-            pipe.tokenizer = load_tokenizer(tokenizer or words, pipe.text_encoder.text_model.embeddings)
-        if (tokenizer or words) != path and pipe.text_encoder.config["hidden_act"] == "gelu":
+        with blame(f"--tokenizer {tokenizer}"):
+            pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder.text_model.embeddings)
+        if tokenizer != path and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.add_special_tokens({"pad_token": "!"})  # id 0: as Stable Diffusion 2 was trained
     takes, gives = (module.config if module else {} for module in (pipe.unet, pipe.text_encoder))
     for part, key, *fit in (("unet", "in_channels", 4, 9), ("unet", "out_channels", 4), ("vae", "latent_channels", 4),
@@ -243,7 +243,7 @@ def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
         for part in parts:
             save_module(getattr(pipe, part), os.path.join(to, part), part)
         if "text_encoder" in parts:
-            tokenize(pipe.tokenizer, [""])                         # its file tells how it was last called: always so
+            tokenize(pipe.tokenizer, [""])                         # its file keeps the last call's padding: always this
             pipe.tokenizer.save_pretrained(os.path.join(to, "tokenizer"))
             pipe.tokenizer.backend_tokenizer.model.save(os.path.join(to, "tokenizer"))     # vocab.json and merges.txt
         if "unet" in parts:                                        # the schedule belongs to it
@@ -281,10 +281,10 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
              frames=None, tile=False, last=False):
     """Draw num_images pictures for a prompt (str), or for each of several (list of str) -> list of PIL pictures.
     Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
-    device. height, width: in pixels; by default the model's; or, if not far larger, of init_image (PIL): start from it,
-    strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black kept. latents (B, 4, h, w):
-    the noise to start from. frames: a list, gets each step's guess of the first few finished latents. tile: decode in
-    tiles. last: let go of text encoder and U-Net once they are done. BadInput."""
+    device. height, width: in pixels; by default the model's, or init_image's if not far larger. init_image (PIL): start
+    from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black kept. latents (B, 4,
+    h, w): the noise to start from. frames: a list, gets each step's guess of the first few finished latents. tile:
+    decode in tiles. last: let go of text encoder and U-Net once they are done. Raises BadInput."""
     prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
     schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
     inpainting_model = config["in_channels"] == 9                  # one that sees mask and surroundings as inputs
@@ -346,9 +346,9 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
         model = pin(schedule, model, known, mask) if paste else model
         for z, x0 in SAMPLERS[sampler](schedule, model, z, times, randn=randn):
             bar.update()
-            frames is not None and first == 0 and frames.append(x0)
+            if frames is not None and first == 0: frames.append(x0)
         drawn.append(z)
-    model = pipe.unet = None if last else pipe.unet
+    model, pipe.unet = None, None if last else pipe.unet           # model holds the U-Net, too
     pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
     if paste:                                                      # what is kept is kept to the pixel, with a soft seam
         size = finished or (width, height)
@@ -362,8 +362,7 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
 # ---- The command line ------------------------------------------------------------------------------------------------
 def main(args):
     """Draw what the command line (parse_args) asks for, and say where the pictures are."""
-    with blame("--device"):
-        device, dtype = pick_device(args.device, args.dtype)
+    with blame("--device"): device, dtype = pick_device(args.device, args.dtype)
     with blame("--init-image"):
         init = open_picture(args.init_image) if args.init_image else None
     with blame("--mask"):
@@ -373,11 +372,12 @@ def main(args):
         Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[ext.lower()])     # can it be written?
         assert ext.lower() != ".gif" and os.access(folder or ".", os.W_OK | os.X_OK) and not os.path.isdir(args.output)
     if not args.model:                                             # what was trained here, or what comes with this file
+        settle("out")
         box = os.path.relpath(pathlib.Path(__file__).resolve().parent / "assets" / "model")
-        args.model = "out" if settle("out") or os.path.isdir("out/unet") or not os.path.isdir(box) else box
+        args.model = "out" if os.path.isdir("out/unet") or not os.path.isdir(box) else box
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
     args.guidance = pipe.guidance if args.guidance is None else args.guidance
-    args.compile and pipe.unet.compile()
+    if args.compile: pipe.unet.compile()
     pictures = generate(pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
                         args.num_images, args.height, args.width, init, args.strength, mask, tile=args.tile, last=True,
                         frames=(frames := []))                     # what each step foresaw of the first few pictures
@@ -385,7 +385,7 @@ def main(args):
     gif = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, z, args.tile)]) for z in frames if args.gif]
     with blame(f"--output {args.output}"), tempfile.TemporaryDirectory(dir=folder or ".", prefix=".writing-") as to:
         grid(pictures).save(os.path.join(to, name))
-        for k, (each, picture) in enumerate(zip(names[len(names) > 1:], pictures)):
+        for k, (each, picture) in enumerate(zip(names[-len(pictures):], pictures)):
             info = PngImagePlugin.PngInfo()
             info.add_itxt("parameters", plain(write_parameters(args, k, picture.size)))
             picture.save(os.path.join(to, each), pnginfo=info)     # formats other than PNG pass over it

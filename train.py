@@ -49,8 +49,8 @@ def parse_args():
         if type(value) in (int, float) and (not least <= value <= most or flag == "image_size" and value % 16):
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'above' if least else 'at least'} 0, "
                     f"at most {most:g}{', a multiple of 16' * (flag == 'image_size')}")
-        value == "" and p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
-    args.init and os.path.realpath(args.init) == os.path.realpath(args.out) and p.error("--out must not be --init")
+        if value == "": p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
+    if args.init and os.path.realpath(args.init) == os.path.realpath(args.out): p.error("--out must not be --init")
     if args.stage == "clip" and (args.init or args.text_encoder != "scratch"):
         p.error("--stage clip trains one from nothing: leave out --init and --text-encoder")
     return args
@@ -153,7 +153,7 @@ def draw(sky, land, place, extras, rng, S):
             veil = (0.7 - z / 3) * np.exp(-((Y - base - 0.055) / 0.08) ** 2) * (1 + 0.3 * noise(rng, c, c, (3, 3), 3))
             picture = mix(picture, (0.1 * horizon + 215 * light ** 0.5).clip(0, 255), np.maximum(veil, bank))
     if "lake" in extras:                                           # a mirror: squeezed, tinted, rippled
-        shore = 0.83 + rng.uniform(-0.03, 0.03)                    # any higher, so little land is hardly learnt
+        shore = 0.83 + rng.uniform(-0.03, 0.03)                    # higher up, too little land would be left to learn
         mirrored = shore - 2.1 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
         water = 0.6 * picture[(mirrored * S).clip(0, S - 1).astype(int)] + 0.4 * (0.2 * zenith + 0.8 * horizon)
         picture = mix(picture, water, inside(Y - shore - 0.012 * noise(rng, c, first=(3, 0), octaves=3)))
@@ -314,7 +314,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
             assert stage == "unet" or learner.done == steps or not os.path.exists(f"{args.out}/unet"), \
                 f"the U-Net in {args.out}/ was trained with this part as it is; move {args.out}/unet away first"
     start, rows, picture_at = learner.done, learner.rows, endless(data.n, args.seed)    # place in a row -> picture
-    args.compile and model.compile()
+    if args.compile: model.compile()
     # Side by side, for each part of a batch of this process: its pixels, its indices, its random generators.
     def places(): return (range(k, k + size) for k in range(start * B + RANK * size, steps * B, WORLD * size))
     def batches(): return ([picture_at(place) for place in batch] for batch in places())
@@ -348,9 +348,9 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         if RANK == 0 and (done % args.sample_every == 0 or last):
             show(learner.average, done)
             plot(rows, f"{args.out}/loss-{stage}.png")
-        (done % args.save_every == 0 or last) and save()
-        stopping and done < steps and sys.exit(f"train.py: {stage} stopped at step {done} of {steps}; --resume goes on")
-    start < steps or save()                                        # resumed at the end: nothing was left to train
+        if done % args.save_every == 0 or last: save()
+        if stopping and done < steps: sys.exit(f"train.py: {stage} stopped at step {done} of {steps}; --resume goes on")
+    if start >= steps: save()                                      # resumed at the end: nothing was left to train
 
 def plot(rows, path, W=640, H=360):
     """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
@@ -363,7 +363,7 @@ def plot(rows, path, W=640, H=360):
 # ---- The three stages, each with its `loss_of`, and the measure of the result ----------------------------------------
 def train_vae(pipe, data, val, args):
     """Stage 1: pictures -> latents -> pictures. Sets pipe.vae. Latents get a spread of 1, in tiny less: noise hides
-    layouts at more times (Chen 2023). As asked: novel pairs 96 % at 0.7, 94 at 1; CIFAR-10 74 % at 0.5, 66 at 0.7."""
+    layouts at more times (Chen 2023). Correct: novel pairs 96 % at 0.7, 94 at 1; CIFAR-10 74 % at 0.5, 66 at 0.7."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     models = torch.nn.ModuleDict({"vae": vae} | ({"discriminator": Discriminator()} if args.gan_weight else {}))
@@ -455,7 +455,7 @@ def main(args):
     """Run the stages that the command line (parse_args) asks for."""
     with blame("--device" + f", {WORLD} processes" * (WORLD > 1)):
         args.device, args.dtype = pick_device(args.device, args.dtype)
-        WORLD > 1 and torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        if WORLD > 1: torch.distributed.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
     settle(args.out)
     todo = [args.stage] if args.stage != "all" else ["unet"] if args.init else ["vae", "clip", "unet"]
     todo = [stage for stage in todo if stage != "clip" or args.text_encoder == "scratch"]
@@ -482,19 +482,19 @@ def main(args):
     said = zlib.crc32(repr(data.captions).encode())                # all of these change weights
     args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures, captions {said:x}"
     begun = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")          # else there is nothing yet
-    WORLD > 1 and torch.distributed.barrier()                      # all have read what they need
+    if WORLD > 1: torch.distributed.barrier()                      # all have read what they need
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
-    begun or todo == ["eval"] or RANK or set_aside(args.out, anew, args.resume)
+    if not (begun or todo == ["eval"] or RANK): set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD) == (
         "tiny", 3, 64, None, "cpu", torch.float32, False, 1)       # each step of it takes as long as 38 of these:
     x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or preset["unet"][0]
-    took = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.38 * steps
+    wait = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.38 * steps
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} "
-          f"in {str(args.dtype)[6:]}{f'; about {took / 60:.0f} minutes' * usual}; the model goes to {plain(args.out)}/")
+          f"in {str(args.dtype)[6:]}{f'; about {wait / 60:.0f} minutes' * usual}; the model goes to {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)
-    WORLD > 1 and torch.distributed.destroy_process_group()
+    if WORLD > 1: torch.distributed.destroy_process_group()
 
 if __name__ == "__main__":
     run(main, ARGS)

@@ -62,8 +62,8 @@ class SpatialAttention(Attention):
         return x + super().forward(tokens).view(B, H, W, C).permute(0, 3, 1, 2)
 
 class Conv(nn.Conv2d):
-    """A 3x3 convolution of stride 1, (B, Cin, H, W) -> (B, Cout, H, W). In inference, of few pixels and many channels,
-    as one matrix product: at every call a CPU's convolution re-orders its weights, and there that takes longest.
+    """A 3x3 convolution of stride 1, (B, Cin, H, W) -> (B, Cout, H, W). In inference on a CPU, few pixels of many
+    channels go as one matrix product: nn.Conv2d re-orders its weights at every call, and there that takes longest.
     The step of Stable Diffusion 1.5's U-Net in float32: 1.4 times as fast for 32x32 latents, 1.8 for 16x16."""
     def forward(self, x):
         B, C, H, W = x.shape
@@ -101,7 +101,7 @@ class ResnetBlock(nn.Module):
 class Downsample(nn.Module):
     """Halve height and width with a strided convolution.
     The published VAE pads only the right and bottom edges, the published U-Net all four: no deeper reason, but weights
-    fit one way only. Padding the VAE evenly shifts its pictures by half a small pixel a level: subtly wrong."""
+    fit one way only. Padding the VAE evenly would shift its pictures by one pixel at each level: subtly wrong."""
     def __init__(self, channels, pad_all_sides):
         super().__init__()
         self.pad_all_sides = pad_all_sides
@@ -184,7 +184,7 @@ class Decoder(nn.Module):
 # ---- The probabilistic part ------------------------------------------------------------------------------------------
 class DiagonalGaussian:
     """q(z|x) = N(mean, diag(exp(logvar))), as the encoder predicts it; mean and logvar are (B, Z, h, w).
-    The encoder predicts log(sigma^2), not sigma: any real number is then a valid variance, and tiny ones stay exact."""
+    The encoder predicts log(sigma^2), not sigma: any real number is then valid, and tiny variances stay exact."""
     def __init__(self, moments):
         self.mean, logvar = moments.float().chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)                    # exp stays finite in float32
@@ -221,8 +221,8 @@ class VAE(nn.Module):
         # 1x1 mixtures of the latent channels, kept from the vector-quantized sibling of this model.
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else nn.Identity()
-        if use_quant_conv:                                         # Channels start with small clouds, sigma exp(-8/2):
-            nn.init.constant_(self.quant_conv.bias[latent_channels:], -8.0)         # at 1, one may stay noise (-0.6 dB)
+        if use_quant_conv:                                         # Clouds start small, sigma about exp(-8/2): from 1,
+            nn.init.constant_(self.quant_conv.bias[latent_channels:], -8.0)         # a channel may stay noise: -0.6 dB
 
     @classmethod
     def from_config(cls, config):
@@ -276,7 +276,7 @@ class VAE(nn.Module):
         """As `decode`, in squares of `side` latents that fade into each other: the network's memory is that of one.
         Colours may drift a little from square to square: normalization and attention see one at a time."""
         f, (h, w), step = self.f, z.shape[2:], side - overlap
-        sums = torch.zeros(len(z), 3 + 1, h * f, w * f, device=z.device)            # colours times weights; weights
+        sums = torch.zeros(len(z), 3 + 1, h * f, w * f, device=z.device)            # 3: weight * colour; 1: weight
         for top, left in itertools.product(range(0, max(h - overlap, 1), step), range(0, max(w - overlap, 1), step)):
             x = self.decode(z[:, :, top: top + side, left: left + side]).float()
             ramps = [torch.arange(1.0, n + 1, device=z.device) for n in x.shape[2:]]                # 1, 2, 3, ...
@@ -292,7 +292,7 @@ class VAE(nn.Module):
 
 def vae_sizes(preset, image_size):
     """Arguments of the VAE that train.py builds for a preset."""
-    if preset == "tiny":                     # latents of about 16x16 (8x8 for pictures of 16), if size halves so often
+    if preset == "tiny":                     # latents near 16x16 (8x8 for pictures of 16); size & -size: its power of 2
         levels = min(max(2, round(math.log2(image_size / 16)) + 1), (image_size & -image_size).bit_length())
         return dict(block_out_channels=(16,) * (levels - 2) + (32, 64), layers_per_block=1, norm_num_groups=4)
     return {"base": dict(block_out_channels=(64, 128, 256, 256), norm_num_groups=16), "sd15": {}}[preset]
@@ -318,7 +318,7 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_wei
 
     Where detail is lost, the smallest squared error is the mean of all that it may have been: blur. The published VAE
     also had a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (hinge loss), the decoder to
-    pass for real: at its last layer the gradients of the two are as gan_weight to 1, if the discriminator is right."""
+    pass for real; the gradient of that, at its last layer, is at most gan_weight times the squared error's."""
     q = vae.encode(x)
     z = q.sample(generator)
     redrawn = vae.decode(z).float()
@@ -326,12 +326,12 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_wei
     kl = q.kl().mean() / z[0].numel()                              # nats per latent number
     loss, parts = rec + kl_weight * kl, {"mse": rec.detach(), "kl": kl.detach()}
     if discriminator is not None:
-        told = F.relu(1 - discriminator(x)).mean() + F.relu(1 + discriminator(redrawn.detach())).mean()
+        hinge = F.relu(1 - discriminator(x)).mean() + F.relu(1 + discriminator(redrawn.detach())).mean()
         fixed = {name: p.detach() for name, p in discriminator.named_parameters()}  # not to be taught by the decoder
         fooled = -torch.func.functional_call(discriminator, fixed, redrawn).mean()
         a, b = (torch.autograd.grad(y, vae.decoder.conv_out.weight, retain_graph=True)[0].norm() for y in (rec, fooled))
-        right = (1 - told.detach() / 2).clamp(min=0)               # 0: it guesses, as at first; 1: it is never wrong
-        loss, parts["gan"] = loss + told + gan_weight * right * a / (b + 1e-8) * fooled, told.detach()
+        right = (1 - hinge.detach() / 2).clamp(min=0)              # 0: it guesses, as at first; 1: it is never wrong
+        loss, parts["gan"] = loss + hinge + gan_weight * right * a / (b + 1e-8) * fooled, hinge.detach()
     return loss, parts
 
 def open_picture(path, paper="white"):
@@ -362,7 +362,7 @@ def grid(pictures, columns=None, least=0):
     sheet, k = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h)), max(1, least // w)
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * w, i // columns * h))
-    return sheet.resize((sheet.width * k, sheet.height * k), 0)
+    return sheet.resize((sheet.width * k, sheet.height * k), Image.Resampling.NEAREST)
 
 def as_pictures(pixels, device):
     """Bytes (B, 3, H, W) -> x (B, 3, H, W), float32 in [-1, 1], on the device."""
