@@ -385,11 +385,11 @@ def contrastive_loss(clip, x, ids, join=lambda rows: rows):
     Every picture is asked which of the B captions is its own, every caption which of the B pictures, by cosine over a
     temperature: two classifications with the right answers on the diagonal. To win, the text tower must say everything
     that tells these pictures apart, and learns the coarse things first. Equal captions do not compete."""
-    scale = clip.logit_scale.clamp(max=math.log(100)).exp()                         # the paper's limit, section 2.5
+    clip.logit_scale.data.clamp_(max=math.log(100))                # the paper's limit, section 2.5
+    scale = clip.logit_scale.exp()
     images, texts, ids = join(clip.encode_image(x)), join(clip.encode_text(ids)), join(ids)
-    logits = scale * images @ texts.T                              # (B, B): picture i, caption j
     same = (ids[:, None] == ids[None]).all(dim=-1) & ~torch.eye(len(ids), dtype=torch.bool, device=ids.device)
-    logits = logits.float().masked_fill(same, float("-inf"))
+    logits = (scale * images @ texts.T).float().masked_fill(same, float("-inf"))    # (B, B): picture i, caption j
     target = torch.arange(len(ids), device=ids.device)
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     return loss, {"accuracy": (logits.argmax(dim=1) == target).float().mean(), "temperature": 1 / scale.detach()}

@@ -23,7 +23,7 @@ weighted squared distance of their means (Eq. 8). Written in eps, that is weight
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022, "DPM-Solver++" (DPM++); Ho & Salimans 2022
 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Nichol & Dhariwal 2021
 (cosine). Here t is 0-based: t = 0 is the paper's t = 1, and "before t = 0" alpha_bar = 1, no noise
-(published DDIM stops at alpha_bar_0 instead, a trace of noise short of it: set_alpha_to_one = False).
+(Stable Diffusion's DDIM stops at alpha_bar_0, a trace of noise short of it: set_alpha_to_one = False).
 Letters: B batch; x is whatever is diffused, of any shape (B, ...): for Stable Diffusion, latents (B, 4, h, w).
 Read next: unet.py."""
 import contextlib, copy, functools, math, os, re
@@ -231,7 +231,7 @@ class Muon(torch.optim.Optimizer):
                     M.diagonal().add_(3.4445)
                     A, Q = M @ A @ M, M if Q is None else M @ Q
                 X = Q @ X
-                # Entries of about 0.2 lr in size, as AdamW's steps have: one learning rate serves both.
+                # Entries of about 0.2 lr, as AdamW's steps have (Liu et al. 2025): one learning rate serves both.
                 p.add_((X.T if turned else X).view_as(p), alpha=-0.2 * group["lr"] * max(X.shape) ** 0.5)
 
 def learning_rate(step, steps, peak):
@@ -311,7 +311,7 @@ def guide(cond, uncond, w):
 
     w = 0 leaves the prompt out, w = 1 is the plain conditional model, w > 1 exaggerates what a prompt adds. A negative
     prompt replaces the empty one in uncond. Earlier models followed the gradient of log p(prompt|x_t), a classifier
-    trained on noisy pictures: by Bayes' rule that is, up to scale, cond - uncond. Dropped captions teach uncond."""
+    trained on noisy pictures: by Bayes' rule that is, times a factor, cond - uncond. Dropped captions teach uncond."""
     return w * (cond - uncond) + uncond
 
 def guided(unet, context, w, seen=None):

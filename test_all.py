@@ -357,6 +357,38 @@ def test_the_discriminator_is_taught_by_pictures_and_teaches_the_decoder():
     assert all(on[p].abs().sum() > 0 for p in vae.encoder.parameters() if off[p].abs().sum() > 0)
 
 
+class Grey(torch.nn.Module):
+    """A VAE that draws nothing yet: its last convolution is still 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = torch.nn.Module()
+        self.decoder.conv_out = torch.nn.Conv2d(4, 3, 3, padding=1)
+        torch.nn.init.zeros_(self.decoder.conv_out.weight)
+        torch.nn.init.zeros_(self.decoder.conv_out.bias)
+
+    def encode(self, x):
+        return DiagonalGaussian(torch.cat([torch.ones(1, 4, 64, 64), torch.full((1, 4, 64, 64), -30.0)], dim=1))
+
+    def decode(self, z):
+        return self.decoder.conv_out(torch.nn.functional.interpolate(z, scale_factor=8))
+
+
+def test_the_discriminator_counts_in_float16_too():
+    """An error of 0.01 in a picture of 512x512: its gradient begins at 3e-8, which float16 takes for 0."""
+    vae, judge, x = Grey(), torch.nn.Conv2d(3, 1, 1), torch.full((1, 3, 512, 512), 0.01)
+    judge.weight.data.fill_(200 / 3)                               # says 1 to x, and -1 to grey
+    judge.bias.data.fill_(-1)
+
+    def share(dtype):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            off, on = (2.0 ** 14 * vae_loss(vae, x, 0.0, None, judge, weight)[0] for weight in (0.0, 0.5))
+        off, on = (torch.autograd.grad(loss, vae.decoder.conv_out.weight)[0] for loss in (off, on))
+        return ((on - off).norm() / off.norm()).item()
+    assert share(torch.float32) == pytest.approx(0.5, rel=1e-2)
+    assert share(torch.float16) == pytest.approx(0.5, rel=5e-2)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Diffusion.
 
@@ -1331,6 +1363,17 @@ class FixedCLIP:
 
     def encode_text(self, ids):
         return self.texts
+
+
+def test_the_temperature_stops_at_a_hundredth_and_can_rise_again():
+    """Pictures whose captions are no better than any other's: the less sure, the smaller the loss."""
+    eye, ids = torch.eye(4), torch.arange(4)[:, None].expand(4, 3)
+    clip = FixedCLIP(eye, eye[[1, 2, 3, 0]])
+    clip.logit_scale = torch.nn.Parameter(torch.tensor(5.0))
+    loss, info = contrastive_loss(clip, None, ids)
+    assert info["temperature"].item() == pytest.approx(0.01) and clip.logit_scale.item() == pytest.approx(math.log(100))
+    loss.backward()
+    assert clip.logit_scale.grad > 1
 
 
 def test_contrastive_loss_knows_its_neighbours_and_forgives_twins():

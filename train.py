@@ -4,9 +4,9 @@
     python train.py --data photos/                             everything, on your own pictures
     python train.py --stage unet --init MODEL --data photos/   fine-tune any model that sample.py can load
     python train.py --stage eval                               how good is the model in out/?
-Three stages, each frozen before the next begins (Rombach et al. 2022, section 3): `vae`, pictures to latents and back;
-`clip`, captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills
-with reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
+Three stages, as for Stable Diffusion, each frozen before the next begins: `vae`, pictures to latents and back; `clip`,
+captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills with
+reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time, zlib
 PRESETS = {   # what flags leave open; each stage's steps (below 64x64, where VAEs are quick, a third more), batch, rate
     "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(250, 128, 5e-3), unet=(1100, 32, 4e-3)),

@@ -317,19 +317,19 @@ def vae_loss(vae, x, kl_weight=3e-5, generator=None, discriminator=None, gan_wei
     larger it is, the less exactly pictures must return, the smoother the latents, the blurrier the pictures.
 
     Where detail is lost, the smallest squared error is the mean of all that it may have been: blur. The published VAE
-    also had a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (hinge loss), the decoder to
-    pass for real; the gradient of that, at its last layer, is at most gan_weight times the squared error's."""
+    also had a discriminator (Esser et al. 2021, Eq. 5 to 7). It learns to tell x from x' (by a hinge loss, as in their
+    code), the decoder to pass for real: the gradient of this, at its last layer, at most gan_weight times the other."""
     q = vae.encode(x)
     z = q.sample(generator)
     redrawn = vae.decode(z).float()
-    rec = F.mse_loss(redrawn, x.float())
-    kl = q.kl().mean() / z[0].numel()                              # nats per latent number
+    rec, kl = F.mse_loss(redrawn, x.float()), q.kl().mean() / z[0].numel()          # kl: nats per latent number
     loss, parts = rec + kl_weight * kl, {"mse": rec.detach(), "kl": kl.detach()}
     if discriminator is not None:
         hinge = F.relu(1 - discriminator(x)).mean() + F.relu(1 + discriminator(redrawn.detach())).mean()
         fixed = {name: p.detach() for name, p in discriminator.named_parameters()}  # not to be taught by the decoder
         fooled = -torch.func.functional_call(discriminator, fixed, redrawn).mean()
-        a, b = (torch.autograd.grad(y, vae.decoder.conv_out.weight, retain_graph=True)[0].norm() for y in (rec, fooled))
+        last = vae.decoder.conv_out.weight     # 256 cancels in a / b: without it they may be too small for float16
+        a, b = (torch.autograd.grad(256 * y, last, retain_graph=True)[0].norm() for y in (rec, fooled))
         right = (1 - hinge.detach() / 2).clamp(min=0)              # 0: it guesses, as at first; 1: it is never wrong
         loss, parts["gan"] = loss + hinge + gan_weight * right * a / (b + 1e-8) * fooled, hinge.detach()
     return loss, parts
