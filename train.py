@@ -479,7 +479,7 @@ def main(args):
         val = open_data(args, "val") if len(data) > 18 else data
     free = "stage out resume save_every sample_every workers device compile grad_checkpoint steps".split()
     args.settings = {flag: str(value).removeprefix("torch.") for flag, value in vars(args).items() if flag not in free}
-    said = zlib.crc32(repr(data.captions).encode())                # all of these change weights
+    said = zlib.crc32(repr(data.captions).encode())                # settings: what changes weights
     args.settings["data"] = f"{os.path.normpath(args.data)} with {data.n} pictures, captions {said:x}"
     begun = args.resume and os.path.exists(f"{args.out}/train_state/{todo[0]}.pt")          # else there is nothing yet
     if WORLD > 1: torch.distributed.barrier()                      # all have read what they need

@@ -76,7 +76,7 @@ class AttentionPooling(nn.Module):
 class TextTimeEmbedding(nn.Module):
     """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
     Cross-attention lets each pixel pick its words; this tells every residual block "night, dunes" at once. At latents
-    of unit variance 96 % of pictures had all that was asked for, without it 93; of pairs never shown 93 and 94 %."""
+    of unit variance 96 % of pictures had all that was asked for (without it 93 %), of pairs never shown 93 % (94 %)."""
     def __init__(self, channels, temb_channels, heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
