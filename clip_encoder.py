@@ -84,7 +84,7 @@ def settle(folder):
     found = [] if os.path.islink(written) else list(os.walk(written))
     for at, _, names in found:                                     # not out of links, not into links
         home = os.path.normpath(os.path.join(folder, os.path.relpath(at, written)))
-        at != written and os.path.islink(home) and os.unlink(home)
+        if at != written and os.path.islink(home): os.unlink(home)
         os.makedirs(home, exist_ok=True)
         for name in names:
             with contextlib.suppress(FileNotFoundError):           # another process may be settling, too
@@ -104,7 +104,7 @@ def find(model, parts=()):
     from huggingface_hub import model_info, snapshot_download
     old = next((prefix for prefix in MOVED if model.startswith(prefix)), None)
     moved, why = MOVED[old] + model[len(old):] if old else model, None              # why: the first error, told at last
-    old and print(f"{model} is no longer on the hub; taking its copy {moved}", file=sys.stderr)
+    if old: print(f"{model} is no longer on the hub; taking its copy {moved}", file=sys.stderr)
     for name in dict.fromkeys((moved, model)):                     # a cache may have it under its old name
         try:
             files, cached = {f.rfilename for f in model_info(name).siblings}, False
