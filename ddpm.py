@@ -101,12 +101,12 @@ class NoiseSchedule:
 
     def posterior(self, x0, x_t, t, t_prev):
         """Mean and variance of q(x_prev | x_t, x_0), Bayes' rule for two Gaussians (DDPM, Eq. 6 and 7).
-
         t_prev < t is where to go, negative for the very end. With t_prev = t - 1 this is the paper's; a longer stride
         is the same formula, with alpha = abar_t / abar_prev for all the steps in between."""
         abar = self.at(self.alpha_bar, t, x_t)
         abar_prev = self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
-        alpha, beta = abar / abar_prev, 1 - abar / abar_prev
+        alpha = abar / abar_prev
+        beta = 1 - alpha
         mean = abar_prev ** 0.5 * beta / (1 - abar) * x0 + alpha ** 0.5 * (1 - abar_prev) / (1 - abar) * x_t   # Eq. 7
         return mean, (1 - abar_prev) / (1 - abar) * beta                                                       # Eq. 7
 
