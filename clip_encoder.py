@@ -142,9 +142,9 @@ class SelfAttention(nn.Module):
         def split(y):                                              # (B, T, D) -> (B, nh, T, hs)
             return y.view(B, T, self.heads, D // self.heads).transpose(1, 2)
         q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)                  # (B, nh, T, T)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) # (B, nh, T, T); the root: O(1), so softmax is soft
         if self.causal:
-            # The future gets probability exp(-inf) = 0: and so does padding, which comes last. There is no other mask.
+            # The future gets probability exp(-inf) = 0. So no word sees the padding, which comes last; the U-Net does.
             future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))
         y = scores.softmax(dim=-1) @ v                             # (B, nh, T, hs)
@@ -223,7 +223,7 @@ def known(config, model, model_type, defaults):
     for key, x in kept.items():
         low, high = (0 if model is CLIPTextEncoder else 1, 256) if "layers" in key else (1, 2 ** 20)
         if not (re.search("act|_id", key) or (0 < x if "eps" in key else type(x) is int and low <= x) and x <= high):
-            raise ValueError(f"config.json: {key} = {x!r} is not above 0, not whole, or beyond {high}")
+            raise ValueError(f"config.json: {key} = {x!r} should be above 0, at most {high}, and whole but for an eps")
     return kept
 
 class CLIPTextEncoder(nn.Module):

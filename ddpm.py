@@ -2,7 +2,7 @@
 
     symbol                  name here        what it is                                                   paper
     beta_t                  beta             variance of the noise added at step t                        DDPM 2
-    alpha_t                 alpha            1 - beta_t                                                   DDPM 2
+    alpha_t                 -                1 - beta_t                                                   DDPM 2
     abar_t                  alpha_bar        alpha_1 * ... * alpha_t: how much signal power is left       DDPM 2
     q(x_t | x_{t-1})        -                N(sqrt(alpha_t) x_{t-1}, beta_t I)                           DDPM Eq. 2
     q(x_t | x_0)            q_sample         N(sqrt(abar_t) x_0, (1 - abar_t) I)                          DDPM Eq. 4
@@ -64,7 +64,7 @@ class NoiseSchedule:
         self.prediction_type, self.clip_sample, self.steps_offset = prediction_type, clip_sample, steps_offset
         self.set_alpha_to_one, self.timestep_spacing = set_alpha_to_one, timestep_spacing
         # Products of a thousand factors near 1: multiplied in float64, kept in float32, always on the CPU.
-        self.beta, self.alpha = beta.float(), (1 - beta).float()
+        self.beta = beta.float()
         self.alpha_bar = torch.cumprod(1 - beta, 0).float()        # (T,)
         self.snr = self.alpha_bar / (1 - self.alpha_bar)
         if not (0 < self.alpha_bar[-1] <= self.alpha_bar[0] < 1 and (self.alpha_bar.diff() <= 0).all()):
@@ -73,7 +73,6 @@ class NoiseSchedule:
     @classmethod
     def from_config(cls, config):
         """From a published scheduler_config.json (dict), with diffusers' defaults for what it leaves out.
-
         Raises ValueError naming a key that asks for something else."""
         for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
             if config.get(key):
@@ -86,7 +85,8 @@ class NoiseSchedule:
     def to_config(self):
         """The dict that belongs in scheduler/scheduler_config.json, in diffusers' words."""
         config = {k: v for k, v in self.config.items() if v is not None}
-        return {"_class_name": "DDIMScheduler", **config, "prediction_type": self.prediction_type}
+        said = dict(prediction_type=self.prediction_type, clip_sample=self.clip_sample)
+        return {"_class_name": "DDIMScheduler", **config, **said}
 
     def at(self, table, t, x):
         """table[t] shaped to multiply x: t an int -> a number; t (B,) -> (B, 1, ..., 1) on x's device."""
@@ -129,9 +129,9 @@ class NoiseSchedule:
 
     def timesteps(self, steps, sampler="ddim", strength=1.0):
         """Which of the T times to visit, as published samplers space them: [(t, t_prev), ...] with falling ints t.
-
-        leading    0, k, 2k, ... + steps_offset, backwards: starts short of pure noise
-        trailing   T - 1, T - 1 - k, ...
+        leading    0, k, 2k, ... + steps_offset, backwards, with k = T // steps: starts short of pure noise (and at 501
+                   of 1,000 steps half-way to the picture, which then fails: take divisors of T)
+        trailing   T - 1, T - 1 - k, ..., with k = T / steps
         linspace   evenly from T - 1 to 0
         A file that names no spacing means leading, and for DPM-Solver++ linspace. t_prev < 0 is the noiseless end.
         strength < 1 visits only that part of them, the last: a start from a picture skips the times that would decide
@@ -158,9 +158,9 @@ def diffusion_loss(schedule, model, x0, t, noise, min_snr=None):
     """Algorithm 1 of DDPM for given t (B,) and noise like x0 (B, ...) -> one loss per example (B,).
 
     model(x_t, t) says eps or v. min_snr: gamma of Hang et al. 2023, usually 5; None or 0: Eq. 14 as it is.
-    How much does an error in x_0 count? In eps SNR(t) times, as Eq. 4 says: 1,175 at the first t, 0.005 at the last.
-    With min-SNR min(SNR(t), gamma) times (Hang et al., section 3). In plain v SNR(t) + 1 times, so once at least, where
-    noise is nearly all and layouts are decided: 600 steps in, 100 % of suns stand where prompts say; min-SNR: 55 %."""
+    Each loss is |error in x_0|^2 times a weight: for eps SNR(t), by Eq. 4, 1,175 at the first t, 0.005 at the last; for
+    v SNR(t) + 1, so at least 1 where noise is nearly all and layouts are decided: 600 steps in, 100 % of suns stand
+    where prompts say. With min-SNR it is min(SNR(t), gamma) for both (Hang et al., section 3): 55 %."""
     x_t = schedule.q_sample(x0, t, noise)                                                          # Eq. 4
     v_prediction = schedule.prediction_type == "v_prediction"
     target = schedule.velocity(x0, t, noise) if v_prediction else noise
@@ -242,7 +242,7 @@ class Learner:
     """A model while it learns: its optimizers, and the moving average of its weights, which is what training is for.
 
     Muon takes the matrices inside; AdamW the rest: gains and biases, which have no directions to even out, embeddings,
-    what embeds time and text, every conv_in and conv_out. `average` is the weights' moving average (EMA), in a long run
+    what embeds time and text, conv_in and conv_out. `average` is the weights' moving average (EMA), in a long run
     over the last 200 steps, fewer at first: the jitter of single steps cancels out, and what is drawn is better.
     float16 ends at 65,504 and starts at 6e-8: the scaler keeps gradients between, and skips a step where it cannot.
     loss_of(model, *batch) -> (loss, {name: number}). settings: what another run must share to go on with this one."""
@@ -358,7 +358,7 @@ def ddpm(schedule, model, x, times, randn=torch.randn_like):
         yield x, x0
 
 def ddim(schedule, model, x, times, randn=torch.randn_like, eta=0.0):
-    """DDIM (Song et al. 2020, Eq. 12): take the noise out, put the same noise back in at the lower level.
+    """DDIM (Song et al. 2020, Eq. 12; their alpha is abar here): take the noise out, put it back in at the lower level.
 
     Training (DDPM's Eq. 14) saw q(x_t | x_0) alone, not q(x_t | x_{t-1}): any process with those marginals will do.
     This one needs no fresh noise (eta = 0): long strides work, the start alone decides the picture. eta = 1 is DDPM."""
@@ -386,13 +386,13 @@ def dpmpp(schedule, model, x, times, randn=None):
         return alpha, sigma, math.log(alpha / sigma)
     last_x0 = last_h = None
     for t, t_prev in times:
-        x0, _ = schedule.x0_and_eps(model(x, t).float(), x, t)
+        x0, _ = schedule.x0_and_eps(model(x, t).float(), x, t)     # never clipped, as published
         if t_prev < 0:                                             # lambda is infinite there, and the step ends at x_0
             yield x0, x0
             return
         (_, sigma, lam), (alpha_prev, sigma_prev, lam_prev) = level(t), level(t_prev)
-        h = lam_prev - lam
-        D = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)      # to mid-step
+        h = lam_prev - lam                                         # the step, in lambda
+        D = x0 if last_x0 is None else x0 + h / (2 * last_h) * (x0 - last_x0)      # Algorithm 2: x_0 at mid-step
         x = sigma_prev / sigma * x - alpha_prev * math.expm1(-h) * D
         last_x0, last_h = x0, h
         yield x, x0

@@ -2,7 +2,7 @@
 
 The whole of it in five lines; `generate` says the same at length (from Python: load_pipeline, generate, save_pipeline):
 
-    context = text_encoder(tokenize(prompt))              what to draw                                  (1, T, D)
+    context = text_encoder(tokenize(["", prompt]))        what to move away from, and what to draw      (2, T, D)
     z = randn(1, 4, H/f, W/f)                             start from pure noise
     for t, t_prev in times:                               from noisy to clean, `steps` times
         z = step(z, guided(unet, context, w)(z, t))       take out some of the noise that the U-Net sees
@@ -35,7 +35,7 @@ def parse_args():
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the U-Net: a slow start, then faster steps")
-    p.error = lambda message: p.exit(2, f"sample.py: {message}\n")  # one line, without the usage
+    p.error = lambda message: p.exit(2, f"sample.py: {' '.join(message.split())}\n")  # one line, without usage
     args = p.parse_intermixed_args()
     if args.like:
         try:
@@ -93,19 +93,18 @@ def blame(what):
     """An error of what runs inside, in some library's words, becomes BadInput: one line that begins with `what`."""
     try:
         yield
-    except BadInput:
-        raise
     except Exception as e:
+        if isinstance(e, BadInput): raise
         why = " ".join(f"{'' if type(e) in (ValueError, AssertionError) else type(e).__name__} {e}".split())[:300]
-        raise BadInput(f"{what}: {why}") from None
+        raise BadInput(f"{what}: {why}" if why else what) from None
 
 def run(main, args):
     """main(args) as a command: what goes wrong is told in one line; status 2 if input or files are at fault, else 1."""
     warnings.formatwarning = lambda message, *_: f"{os.path.basename(sys.argv[0])}: {message}\n"
     try:
         return main(args)
-    except (BadInput, OSError, ArithmeticError) as e:
-        status, why = 1 if isinstance(e, ArithmeticError) else 2, (str(e).splitlines() or [type(e).__name__])[-1]
+    except (BadInput, OSError, ArithmeticError) as e:              # one of --workers tells it after its traceback
+        status, why = 2 - isinstance(e, ArithmeticError), str(e).split(".BadInput: ")[-1] or type(e).__name__
     except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
         status, why = 1, next((why for clue, why in (
             ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
@@ -113,7 +112,7 @@ def run(main, args):
             ("DataLoader worker|gloo|NCCL|peer", "another process of this run is gone; --resume goes on"))
             if re.search(clue, f"{type(e).__name__} {e}")), None)
         if not why: raise                                          # an error of ours: show where
-    print(f"{os.path.basename(sys.argv[0])}: {why}", file=sys.stderr)
+    print(f"{os.path.basename(sys.argv[0])}: {' '.join(why.split())}", file=sys.stderr)
     sys.exit(status)
 
 # ---- Load: a folder in diffusers' layout, the same on the hub, or a single file of the original release --------------
@@ -143,7 +142,7 @@ def load_part(part, folder, dtype):
     config, model = read_json(os.path.join(folder, "config.json")), CLASSES[part]
     there = [name for name in weights_names(part) if os.path.isfile(os.path.join(folder, name))]
     if not there:
-        raise BadInput(f"{folder} holds no weights: none of {', '.join(weights_names(part))}")
+        raise BadInput(f"{folder} holds no weights in one file: none of {', '.join(weights_names(part))}")
     with blame(os.path.join(folder, there[0])):
         state = model.current_names(read_weights(f"{folder}/{there[0]}", lambda _: dtype))
     with blame(folder):
@@ -188,6 +187,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         if config.get("use_linear_projection") and config["in_channels"] == 4 and prediction_type != "epsilon":
             config["sample_size"], prediction_type = 96, "v_prediction"             # Stable Diffusion 2.1, most likely
     pipe.schedule.prediction_type = prediction_type or pipe.schedule.prediction_type
+    pipe.schedule.clip_sample = False                              # diffusers' pipelines overrule files, too
     for part in parts:
         getattr(pipe, part).to(device)
     if "text_encoder" in parts:
@@ -363,10 +363,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="
 def main(args):
     """Draw what the command line (parse_args) asks for, and say where the pictures are."""
     with blame("--device"): device, dtype = pick_device(args.device, args.dtype)
-    with blame("--init-image"):
-        init = open_picture(args.init_image) if args.init_image else None
-    with blame("--mask"):
-        mask = open_picture(args.mask, "black") if args.mask else None
+    with blame("--init-image"): init = open_picture(args.init_image) if args.init_image else None
+    with blame("--mask"): mask = open_picture(args.mask, "black") if args.mask else None
     (folder, name), (stem, ext) = os.path.split(args.output), os.path.splitext(os.path.basename(args.output))
     with blame(f"--output {args.output}: it takes a folder to write to and a name that ends like .png"):
         Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[ext.lower()])     # can it be written?
@@ -391,7 +389,9 @@ def main(args):
             picture.save(os.path.join(to, each), pnginfo=info)     # formats other than PNG pass over it
         if gif:
             gif[0].save(f"{to}/{stem}.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 10, duration=100, loop=0)
-        for each in (names := names + [f"{stem}.gif"] * args.gif): # whole, or not at all
+        names += [f"{stem}.gif"] * args.gif
+        assert not any(os.path.isdir(os.path.join(folder, each)) for each in names), "a folder has a picture's name"
+        for each in names:                                         # whole, or not at all
             os.replace(os.path.join(to, each), os.path.join(folder, each))
     print(f"sample.py: drawn by the model in {plain(args.model)}", file=sys.stderr)
     print("\n".join(plain(os.path.join(folder, name)) for name in names))

@@ -38,7 +38,8 @@ from ddpm import SAMPLERS, NoiseSchedule, diffusion_loss, guide
 from sample import BadInput, Pipeline, generate, load_pipeline, save_pipeline
 from train import ImageFolder, Landscapes
 from unet import UNET_SIZES, UNet, pick_device
-from vae import VAE, Conv, DiagonalGaussian, Discriminator, attend, picture_to_tensor, psnr, vae_loss, vae_sizes
+from vae import (VAE, Conv, DiagonalGaussian, Discriminator, Encoder, attend, picture_to_tensor, psnr, vae_loss,
+                 vae_sizes)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 torch.manual_seed(0)
@@ -660,6 +661,21 @@ def test_pictures_equal_diffusers(saved, tmp_path, sampler, steps, config):
                     height=64, width=48, progress=False)
     assert decibel(ours, expected) > 45
     assert decibel(ours[:1], ours[1:]) < 40                        # and they are two pictures, not one
+
+
+@pytest.mark.parametrize("scheduler", ["EulerDiscreteScheduler", "DDIMScheduler"])
+def test_latents_are_not_clipped_whatever_the_scheduler_file_says(saved, tmp_path, scheduler):
+    """DDIMScheduler clips by default, Euler's file does not say; but diffusers' pipelines see to it that none does."""
+    shutil.copytree(saved, tmp_path / "m")
+    getattr(diffusers, scheduler)(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                  steps_offset=1).save_pretrained(tmp_path / "m/scheduler")
+    parts = diffusers.StableDiffusionPipeline.from_pretrained(saved).components
+    parts["scheduler"] = diffusers.DDIMScheduler.from_pretrained(tmp_path / "m/scheduler")
+    theirs, latents = diffusers.StableDiffusionPipeline(**parts), 3 * torch.randn(1, 4, 16, 16)
+    expected = theirs("a red house", latents=latents, num_inference_steps=5).images
+    pipe = load_pipeline(str(tmp_path / "m"))
+    assert decibel(generate(pipe, "a red house", steps=5, sampler="ddim", latents=latents, progress=False),
+                   expected) > 45 and pipe.schedule.to_config()["clip_sample"] is False
 
 
 def test_image_to_image_equals_diffusers_from_the_same_seed(saved):
@@ -1610,9 +1626,11 @@ def test_captions_of_a_folder_come_in_the_promised_order(tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\ncats/told.png,"from, csv"\n')
     assert "from, csv" in [c for _, c in (ImageFolder(str(tmp_path), 8)[i] for i in range(len(data)))]
-    (tmp_path / "metadata.csv").write_text("file,caption\na.png,b\n")
-    with pytest.raises(BadInput, match="file_name"):
-        ImageFolder(str(tmp_path))
+    for text, why in (("file,caption\na.png,b\n", "file_name"), ("file_name,text\na.png,a cat, asleep\n", "in quotes"),
+                      ('file_name,text\na.png,"a cat\nred_barn.png,a barn\n', "end of data")):
+        (tmp_path / "metadata.csv").write_text(text)
+        with pytest.raises(BadInput, match=f"metadata.csv: .*{why}"):
+            ImageFolder(str(tmp_path))
 
 
 def test_every_kind_of_picture_opens(tmp_path):
@@ -1766,6 +1784,22 @@ def test_train_then_sample_then_diffusers(trained):
                    expected) > 45
 
 
+def test_a_tuned_vae_comes_with_the_rest_of_its_model(trained, tmp_path, command, no_sheets):
+    shutil.copytree(trained / "out", tmp_path / "old")
+    assert command("train.py", "--stage", "vae", "--init", "old", *TINY_RUN)[0] == 0
+    old, new = (load_pipeline(str(tmp_path / name)) for name in ("old", "out"))
+    assert same_weights(old.unet, new.unet) and same_weights(old.text_encoder, new.text_encoder)
+    assert not same_weights(old.vae, new.vae)
+
+
+@pytest.mark.parametrize("part", [".", "text_encoder", "train_state/clip"])
+def test_a_run_does_not_take_away_what_it_reads(trained, tmp_path, command, part):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    before = sorted(os.walk(tmp_path))
+    status, _, err = command("train.py", *TINY_RUN, "--text-encoder", os.path.join("out", part))
+    assert status == 2 and "--text-encoder" in err and sorted(os.walk(tmp_path)) == before
+
+
 def test_which_model_draws_and_how_strictly(saved, trained, tmp_path, monkeypatch, command):
     """Without --model: the one in out/, before that the one in assets/; each is told, and has its own guidance."""
     shutil.copytree(saved, tmp_path / "repository/assets/model")
@@ -1827,7 +1861,7 @@ def test_the_usual_run_says_how_long_it_will_take(monkeypatch, command):
     def about(*flags):
         status, out, err = command("train.py", "--max-images", 24, "--dtype", "float32", *flags)
         assert status == 0, err
-        return re.findall(r"; about (\d+) minutes; the model goes to out/", out)
+        return re.findall(r"; about (\d+) minutes; model: out/", out)
     assert about("--steps", 1) == ["0"] and about("--steps", 1, "--image-size", 32) == []
     assert about("--steps", 1, "--batch-size", 4) == [] and about("--steps", 1, "--stage", "vae") == []
     clock = type("Clock", (), {"time": itertools.count(0, 0.01).__next__})         # a convolution in 10 ms:
@@ -1876,6 +1910,20 @@ def test_half_precision_draws_nearly_the_same(saved, dtype, least):
         whole, half = (generate(load_pipeline(saved, dtype=d), "fog", steps=4, progress=False, **flags)
                        for d in (torch.float32, dtype))
         assert decibel(whole, half) > least, flags
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_unet_learns_from_latents_that_cannot_overflow(trained, tmp_path, command, monkeypatch, no_sheets, dtype):
+    """As load_pipeline says of float16: on some pictures a VAE would."""
+    shutil.copytree(trained / "out", tmp_path / "out")
+    encode, given = Encoder.forward, []
+
+    def forward(encoder, x):
+        given.append(encode(encoder, x).dtype)
+        return encode(encoder, x)
+    monkeypatch.setattr(Encoder, "forward", forward)
+    assert command("train.py", "--stage", "unet", *TINY_RUN, "--dtype", dtype)[0] == 0
+    assert given and set(given) == {torch.float32 if dtype == "float16" else torch.bfloat16}
 
 
 def test_latents_have_the_spread_that_diffusion_wants(trained):
@@ -2096,6 +2144,11 @@ def test_a_picture_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, 
     status, _, err = command("sample.py", "x", "--model", saved, "--steps", 1, "--output", "x.png")
     assert status == 2 and err.splitlines()[-1] == "sample.py: --output x.png: KeyError 'cut'", err
     assert (tmp_path / "x.png").read_bytes() == b"old" and os.listdir(tmp_path) == ["x.png"]
+    monkeypatch.undo()
+    (tmp_path / "x-1.png").mkdir()                                 # in the way of the second
+    status, _, err = command("sample.py", "x", "y", "--model", saved, "--steps", 1, "--output", "x.png")
+    assert status == 2 and err.splitlines()[-1] == "sample.py: --output x.png: a folder has a picture's name", err
+    assert (tmp_path / "x.png").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["x-1.png", "x.png"]
 
 
 @pytest.mark.parametrize("flags", [["--seed", 5], ["--stage", "unet"], ["--init", "other"],
@@ -2705,6 +2758,8 @@ BAD_TOGETHER = [("sample.py", []), ("sample.py", ["x", "--mask", "red.png"]), ("
                 ("train.py", ["--stage", "unet"]),
                 ("train.py", ["--stage", "eval"]), ("train.py", ["--stage", "clip", "--text-encoder", "SAVED"]),
                 ("train.py", ["--batch-size", "6", "--grad-accum", "4"]), ("train.py", ["--out", ""]),
+                ("train.py", ["--what\nelse"]), ("sample.py", ["x", "--what\nelse"]),
+                ("sample.py", ["x", "--model", "no\nwhere"]),
                 ("train.py", ["--init", ""]),
                 ("train.py", ["--init", "SAVED", "--out", "SAVED"]),
                 ("train.py", ["--stage", "clip", "--init", "SAVED"]),

@@ -4,9 +4,8 @@
     python train.py --data photos/                             everything, on your own pictures
     python train.py --stage unet --init MODEL --data photos/   fine-tune any model that sample.py can load
     python train.py --stage eval                               how good is the model in out/?
-Three stages, as for Stable Diffusion, each frozen before the next begins: `vae`, pictures to latents and back; `clip`,
-captions beside their pictures in one space; `unet`, noise in latents, given time and text. OUT/samples/ fills with
-reconstructions and samples: trust them, not the losses in loss-STAGE.png. OUT is the model. Before: sample.py."""
+Three stages, each frozen before the next: `vae`, pictures to latents and back; `clip`, captions and pictures in one
+space; `unet`, noise in latents, given time and text. Trust OUT/samples/, not loss-STAGE.png. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time, zlib
 PRESETS = {   # what flags leave open; each stage's steps (below 64x64, where VAEs are quick, a third more), batch, rate
     "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(250, 128, 5e-3), unet=(1100, 32, 4e-3)),
@@ -41,7 +40,7 @@ def parse_args():
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
-    p.error = lambda message: p.exit(2, f"train.py: {message}\n")   # one line, without the usage
+    p.error = lambda message: p.exit(2, f"train.py: {' '.join(message.split())}\n")   # one line, without usage
     args = p.parse_args()
     for flag, value in vars(args).items():
         least = 0 if flag in ("seed", "workers", "min_snr", "gan_weight") else 1e-9
@@ -50,7 +49,9 @@ def parse_args():
             p.error(f"argument --{flag.replace('_', '-')}: {value} is not {'above' if least else 'at least'} 0, "
                     f"at most {most:g}{', a multiple of 16' * (flag == 'image_size')}")
         if value == "": p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
-    if args.init and os.path.realpath(args.init) == os.path.realpath(args.out): p.error("--out must not be --init")
+    own = {os.path.realpath(os.path.join(args.out, part)) for part in ("", "text_encoder", "train_state/clip")}
+    if args.stage != "eval" and own & {os.path.realpath(name) for name in (args.init, args.text_encoder) if name}:
+        p.error("--init or --text-encoder is --out, or a part of it: the run would take it away")
     if args.stage == "clip" and (args.init or args.text_encoder != "scratch"):
         p.error("--stage clip trains one from nothing: leave out --init and --text-encoder")
     return args
@@ -85,7 +86,7 @@ EXTRAS = {"lake": "a lake|a calm lake|still water", "pines": "pine trees|a few p
           "clouds": "clouds|drifting clouds", "snow": "snow|snow on the ground"}
 NOVEL = {("night", "dunes"), ("sunset", "forest"), ("dawn", "mountains"), ("storm", "hills")}  # kept out of training
 
-def noise(rng, x, y=None, first=(2, 2), octaves=5, gain=0.5, smooth=True):
+def relief(rng, x, y=None, first=(2, 2), octaves=5, gain=0.5, smooth=True):
     """Fractal noise, about [-1, 1], at columns x (W,) and rows y (H,) in [0, 1) -> (H, W), without rows (W,): random
     heights on a grid of `first` columns and rows, on it a grid twice as fine and `gain` times as high, and so on."""
     total, rows = 0.0, np.zeros(1) if y is None else y
@@ -111,7 +112,7 @@ def draw(sky, land, place, extras, rng, S):
     rows, columns = (np.exp(-((c - at) / max(0.015, 0.7 / S)) ** 2) for at in (y, x))
     picture = mix(picture, 235, ((bright * rows).T @ columns).clip(0, 1))           # round points, whatever S
     if "clouds" in extras or storm:
-        puffs = (noise(rng, c, c, (2, 7), 4) * (0.9 if storm else 1.6) + 0.1).clip(0, 0.85)
+        puffs = (relief(rng, c, c, (2, 7), 4) * (0.9 if storm else 1.6) + 0.1).clip(0, 0.85)
         picture = mix(picture, disc if storm else 0.35 * horizon + 166 * light ** 0.6, puffs * high ** 0.35)
     if place:
         x, y, r = rng.uniform((-0.07, 0.13, 0.055), (0.07, 0.27, 0.075))
@@ -123,40 +124,40 @@ def draw(sky, land, place, extras, rng, S):
     for z in np.linspace(0, 1, 3 if land == "mountains" else 4):   # the land: ridges, from far (0) to near (1)
         base, slope = ground + 0.30 * z, 0.0
         if land == "mountains":                                    # straight between the knots: jagged
-            crest = noise(rng, c, first=(3, 0), octaves=2, gain=0.45, smooth=False)
+            crest = relief(rng, c, first=(3, 0), octaves=2, gain=0.45, smooth=False)
             top = base - (0.23 - 0.09 * z) * (0.5 + 0.7 * crest)
             slope = 0.13 * np.interp(X + 0.35 * (Y - top).clip(0), c, np.gradient(crest, c))       # lit from the left
         elif land == "hills":
-            top = base - 0.09 * noise(rng, c, octaves=3, gain=0.35)
+            top = base - 0.09 * relief(rng, c, octaves=3, gain=0.35)
         elif land == "dunes":                                      # long windward slopes, short lee slopes in shadow
             u = c * rng.uniform(1.3, 2.2) + rng.uniform(0, 1)
             wave = np.where(u % 1 < 0.68, np.sin(u % 1 / 0.68 * np.pi / 2) ** 2, ((1 - u % 1) / 0.32) ** 1.5)
-            top = base + 0.03 - 0.10 * wave - 0.02 * noise(rng, c, octaves=2)
+            top = base + 0.03 - 0.10 * wave - 0.02 * relief(rng, c, octaves=2)
             edge = u - 1.1 * (Y - top).clip(0) + 0.05 * np.sin(14 * Y)              # winds down from the crest
             slope = np.where((edge % 1 > 0.68) & (u % 1 > 0.5), -0.6, 0.2)
         else:                                                      # a forest: a row of pointed trees
             u = c * rng.uniform(13, 16) / (1 + 0.5 * z) + rng.uniform(0, 1)
             tall = (0.08 + 0.06 * z) * (0.75 + 0.25 * np.sin(u.astype(int) * 12.9898))
-            top = base - 0.06 * noise(rng, c, octaves=3, gain=0.4) - tall * (1 - abs(2 * (u % 1) - 1))
+            top = base - 0.06 * relief(rng, c, octaves=3, gain=0.4) - tall * (1 - abs(2 * (u % 1) - 1))
         depth = ((Y - top) / 0.3).clip(0, 1)                       # 0 at the ridge, 1 well below
         shade = 1 + 0.5 * np.clip(slope, -0.8, 0.8) * np.exp(-2 * depth) - 0.25 * depth
-        ridge = (far + (near - far) * z) * light * (shade + 0.07 * noise(rng, c, c, (6, 10), 2))[..., None]
+        ridge = (far + (near - far) * z) * light * (shade + 0.07 * relief(rng, c, c, (6, 10), 2))[..., None]
         if "snow" in extras or land == "mountains":         # on crests, and over all that is nearest; always on peaks
-            line = inside((ground - 0.11 + 0.05 * noise(rng, c, None, (12, 0), 3, 0.7, smooth=False) - Y) / 2)
-            cap = inside(0.03 + 0.02 * noise(rng, c, octaves=3) + (z >= 1 - 0.5 * ("lake" in extras)) + top - Y)
+            line = inside((ground - 0.11 + 0.05 * relief(rng, c, None, (12, 0), 3, 0.7, smooth=False) - Y) / 2)
+            cap = inside(0.03 + 0.02 * relief(rng, c, octaves=3) + (z >= 1 - 0.5 * ("lake" in extras)) + top - Y)
             snow = 0.92 * np.maximum(line, cap * ("snow" in extras))
             ridge = mix(ridge, 250 * light ** 0.35 * shade.clip(0.72, 1.05)[..., None], snow)
         ridge = mix(ridge, horizon * (0.4 + 0.6 * light), 0.55 * (1 - z) ** 1.5)    # the air between
         picture = mix(picture, ridge, inside(Y - top))
         if "mist" in extras:                                       # a bank hides the horizon; what is near shows
-            bank = 0.95 * np.exp(-((Y - ground - 0.055 - 0.02 * noise(rng, c, octaves=3)) / 0.045) ** 4) * (z < 0.4)
-            veil = (0.7 - z / 3) * np.exp(-((Y - base - 0.055) / 0.08) ** 2) * (1 + 0.3 * noise(rng, c, c, (3, 3), 3))
+            bank = 0.95 * np.exp(-((Y - ground - 0.055 - 0.02 * relief(rng, c, octaves=3)) / 0.045) ** 4) * (z < 0.4)
+            veil = (0.7 - z / 3) * np.exp(-((Y - base - 0.055) / 0.08) ** 2) * (1 + 0.3 * relief(rng, c, c, (3, 3), 3))
             picture = mix(picture, (0.1 * horizon + 215 * light ** 0.5).clip(0, 255), np.maximum(veil, bank))
     if "lake" in extras:                                           # a mirror: squeezed, tinted, rippled
         shore = 0.83 + rng.uniform(-0.03, 0.03)                    # higher up, too little land would be left to learn
-        mirrored = shore - 2.1 * (c - shore) + 0.012 * noise(rng, c, first=(24, 0), octaves=2)
+        mirrored = shore - 2.1 * (c - shore) + 0.012 * relief(rng, c, first=(24, 0), octaves=2)
         water = 0.6 * picture[(mirrored * S).clip(0, S - 1).astype(int)] + 0.4 * (0.2 * zenith + 0.8 * horizon)
-        picture = mix(picture, water, inside(Y - shore - 0.012 * noise(rng, c, first=(3, 0), octaves=3)))
+        picture = mix(picture, water, inside(Y - shore - 0.012 * relief(rng, c, first=(3, 0), octaves=3)))
     side, many = rng.integers(2), rng.integers(2, 5) * ("pines" in extras)
     for x, foot, tall in rng.uniform((0.03, 0.95, 0.34), (0.3, 1.02, 0.52), (many, 3)):
         up = (foot - Y) / tall                                     # a pine near by: 0 at its foot, 1 at its tip
@@ -215,8 +216,10 @@ class ImageFolder:
         self.root, self.image_size, rows = root, image_size, []
         for path in filter(os.path.isfile, (os.path.join(root, name) for name in ("metadata.csv", "metadata.jsonl"))):
             with blame(f"{path}: each line has file_name and text"), open(path, encoding="utf-8-sig", newline="") as f:
-                lines = csv.DictReader(f) if path.endswith("csv") else map(json.loads, filter(str.strip, f))
-                rows += [(os.path.normpath(line["file_name"]), plain(str(line["text"] or ""))) for line in lines]
+                for line in (csv.DictReader(f, strict=True) if path.endswith("csv") else
+                             map(json.loads, filter(str.strip, f))):
+                    assert None not in line, "a text with commas belongs in quotes"
+                    rows.append((os.path.normpath(line["file_name"]), plain(str(line["text"] or ""))))
         self.table, names = dict(rows), [name for name, _ in rows]
         twice = {name for name, following in itertools.pairwise(sorted(names)) if name == following}
         for what, odd in (("unreadable, left out", {*files, *lost} - {*paths, root}),
@@ -337,8 +340,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     for step in bar:
         numbers, stopping = learner.gradient([*itertools.islice(supply, args.grad_accum)], stop)
         learner.step(lr := learning_rate(step, steps, peak))
-        for name, value in numbers.items():
-            sums.setdefault(name, []).append(value)
+        for name, value in numbers.items(): sums.setdefault(name, []).append(value)
         done, last = step + 1, step + 1 == steps or stopping
         if done % 10 == 0 or done % args.sample_every == 0 or last:
             row, sums = {name: sum(values) / len(values) for name, values in sums.items()}, {}
@@ -362,8 +364,8 @@ def plot(rows, path, W=640, H=360):
 
 # ---- The three stages, each with its `loss_of`, and the measure of the result ----------------------------------------
 def train_vae(pipe, data, val, args):
-    """Stage 1: pictures -> latents -> pictures. Sets pipe.vae. Latents get a spread of 1, in tiny less: noise hides
-    layouts at more times (Chen 2023). Correct: novel pairs 96 % at 0.7, 94 at 1; CIFAR-10 74 % at 0.5, 66 at 0.7."""
+    """Stage 1: pictures -> latents -> pictures. Sets pipe.vae. Scales latents to a spread of 1, tiny to less: layouts
+    drown at more t (Chen 2023). Pictures right: novel pairs 96 % at 0.7, 94 at 1; CIFAR-10 74 % at 0.5, 66 at 0.7."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     models = torch.nn.ModuleDict({"vae": vae} | ({"discriminator": Discriminator()} if args.gan_weight else {}))
@@ -376,7 +378,7 @@ def train_vae(pipe, data, val, args):
         if fresh:
             spread = vae.encode(unseen).sample(torch.Generator().manual_seed(0)).std().item()
             vae.scaling_factor = (1 if args.preset != "tiny" else 0.7 if args.data == "landscapes" else 0.5) / spread
-        return lambda to: save_pipeline(pipe, to, ["vae"], contextlib.nullcontext)
+        return lambda to: save_pipeline(pipe, to, ["vae"] if fresh else PARTS, contextlib.nullcontext)
     fit("vae", models, args, data, lambda models, pixels, _, chance: vae_loss(**models, x=as_pictures(
         pixels, args.device), generator=chance, gan_weight=args.gan_weight), show, keep, data.pixels)
 
@@ -401,14 +403,13 @@ def train_unet(pipe, data, val, args):
     unet.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     min_snr = 5.0 * (schedule.prediction_type == "epsilon") if args.min_snr is None else args.min_snr
     # VAE and text encoder are frozen: what they say of a picture and of a caption is computed once.
-    texts = list(dict.fromkeys(["", *data.captions]))              # each caption once; row 0 is for dropped ones
-    row = {text: k for k, text in enumerate(texts)}
+    row = {text: k for k, text in enumerate(dict.fromkeys(["", *data.captions]))}   # each once; 0 is for dropped ones
+    @torch.autocast(device.type, args.dtype, enabled=args.dtype == torch.bfloat16)          # float16 may overflow there
     def moments(indices):                                          # -> mean and log variance (B, 2*4, h, w)
-        q = vae.encode(as_pictures(data.pixels[indices], device))
-        return torch.cat([q.mean, q.logvar], dim=1)
+        return vae.quant_conv(vae.encoder(as_pictures(data.pixels[indices], device)))
     latents = Kept(data.n, (2 * vae.config["latent_channels"], side, side), torch.float16, moments, args.out, 8)
-    contexts = Kept(len(texts), (length, width), torch.float16,
-                    lambda rows: encode_prompts(pipe, [texts[r] for r in rows]), args.out, 8)
+    contexts = Kept(len(row), (length, width), torch.float16,
+                    lambda rows, texts=[*row]: encode_prompts(pipe, [texts[r] for r in rows]), args.out, 8)
     def loss_of(unet, _, indices, generators):                     # DDPM's Algorithm 1, on latents: LATENT diffusion
         x0 = vae.scaling_factor * DiagonalGaussian(latents[indices]).sample(generators).to(device)
         # Drop the caption of every tenth: one network learns to answer with and without text. `guide` needs both.
@@ -444,8 +445,7 @@ def evaluate(pipe, data, val, args, n=100):
     clip, words = load_clip(judge, args.device)
     chosen = sorted({val.captions[i]: i for i in reversed(range(val.n))}.values())[:n]     # the first of each caption
     real, captions = as_pictures(val.pixels[chosen], args.device), [val.captions[i] for i in val.shown[chosen].tolist()]
-    drawn = generate(pipe, captions, guidance=pipe.guidance)
-    grid(drawn, 10, 128).save(f"{args.out}/samples/eval.png")
+    grid(drawn := generate(pipe, captions, guidance=pipe.guidance), 10, 128).save(f"{args.out}/samples/eval.png")
     drawn = torch.cat([picture_to_tensor(picture, *picture.size[::-1]) for picture in drawn])
     ids = tokenize(words, captions).to(args.device)
     for name, x in (("CLIP retrieval, real   ", real), ("R-precision, drawn     ", drawn.to(args.device))):
@@ -490,7 +490,7 @@ def main(args):
     x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or preset["unet"][0]
     wait = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.38 * steps
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} "
-          f"in {str(args.dtype)[6:]}{f'; about {wait / 60:.0f} minutes' * usual}; the model goes to {plain(args.out)}/")
+          f"in {str(args.dtype)[6:]}{f'; about {wait / 60:.0f} minutes' * usual}; model: {plain(args.out)}/")
     for stage in todo:
         torch.manual_seed(args.seed)                               # so that a stage run apart starts the same
         {"vae": train_vae, "clip": train_clip, "unet": train_unet, "eval": evaluate}[stage](pipe, data, val, args)

@@ -21,8 +21,8 @@ it understood below is painted at full detail above. Numbers: Stable Diffusion 1
         (cross-attention): Q = pixels, K and V = text (Rombach et al. 2022, section 3.3).
 
 Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (with time); Rombach et al. 2022 (with text).
-Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words as tokens of width D; T time width.
-Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py. (In the drawing T is a transformer.)"""
+Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; M words (before: T) of width D; E time width.
+Before this file: vae.py, clip_encoder.py, ddpm.py. Read next: sample.py."""
 import functools, math, os, pickle, re, unittest.mock
 import torch
 import torch.nn as nn
@@ -43,7 +43,7 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 class TimestepEmbedding(nn.Module):
-    """Two layers that turn the clock (B, dim) into features (B, T) for all residual blocks."""
+    """Two layers that turn the clock (B, dim) into features (B, E) for all residual blocks."""
     def __init__(self, dim, temb_channels):
         super().__init__()
         self.linear_1 = nn.Linear(dim, temb_channels)
@@ -74,7 +74,7 @@ class AttentionPooling(nn.Module):
         return attend(split(self.q_proj(query)), split(self.k_proj(x)), split(self.v_proj(x))).flatten(1)      # (B, D)
 
 class TextTimeEmbedding(nn.Module):
-    """The whole sentence (B, M, D) as one vector (B, T), added to the time embedding. Not in Stable Diffusion.
+    """The whole sentence (B, M, D) as one vector (B, E), added to the time embedding. Not in Stable Diffusion.
     Cross-attention lets each pixel pick its words; this tells every residual block "night, dunes" at once. At latents
     of unit variance 96 % of pictures had all that was asked for (without it 93 %), of pairs never shown 93 % (94 %)."""
     def __init__(self, channels, temb_channels, heads):

@@ -27,12 +27,12 @@ def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, Eq. 1): q (..., N, d) and k, v (..., M, d) -> (..., N, d)."""
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(-2) * k.size(-2) <= 128 ** 2:
         # As the equation says; for the gradient of few tokens, in bfloat16 on a CPU, up to four times as fast as below.
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) # (..., N, M): how well query n matches key m
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) # (..., N, M): how well query n matches key m, O(1)
         return scores.softmax(dim=-1) @ v                          # each query's weighted mean of the values
     return F.scaled_dot_product_attention(q, k, v)                 # piece by piece: the scores never exist as a whole
 
 class Attention(nn.Module):
-    """Multi-head attention: tokens x (B, N, C) look at context (B, M, D), or without one at each other -> (B, N, C)."""
+    """Multi-head attention: tokens x (B, N, C) look at M words (B, M, D), or without any at each other -> (B, N, C)."""
     def __init__(self, channels, context_channels=None, heads=1, qkv_bias=False, upcast=False):
         super().__init__()
         assert channels % heads == 0, f"{channels} channels do not split into {heads} heads"
@@ -76,7 +76,7 @@ class Conv(nn.Conv2d):
 
 class ResnetBlock(nn.Module):
     """x + f(x), with f two rounds of normalize, SiLU, 3x3 convolution: (B, Cin, H, W) -> (B, Cout, H, W).
-    In the U-Net, the time embedding temb (B, T) is added between the two rounds, one number per channel.
+    In the U-Net, the time embedding temb (B, E) is added between the two rounds, one number per channel.
     eps is 1e-6 in the VAE and 1e-5 in the U-Net: the published weights were trained so."""
     def __init__(self, in_channels, out_channels, groups=32, eps=1e-6, temb_channels=None):
         super().__init__()
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B, 8,   H/8, W/8)
 
 class Decoder(nn.Module):
-    """z (B, Z, h, w) -> (B, 3, H, W). One block more per level than the encoder: drawing is harder than seeing."""
+    """z (B, Z, h, w) -> (B, 3, H, W). One block more per level than the encoder: as in U-Nets, for a skip more."""
     def __init__(self, out_channels, latent_channels, channels, layers, groups):
         super().__init__()
         channels = channels[::-1]
@@ -207,8 +207,8 @@ class DiagonalGaussian:
 
 class VAE(nn.Module):
     """Encoder, decoder and the Gaussian between them. `VAE()` is Stable Diffusion 1.5's; `from_config` takes others.
-    Diffusion works on `scaling_factor * z`. Its U-Nets assume data of about unit variance, and a VAE's latents have any
-    spread that training gave them; 1 / (their standard deviation) is Stable Diffusion's factor, 0.18215."""
+    Diffusion works on `scaling_factor * z`, of about unit variance, like its noise. The KL pulls too weakly (kl_weight)
+    to give z itself that; 1 / (the standard deviation of z) is Stable Diffusion's factor, 0.18215."""
     def __init__(self, in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512),
                  layers_per_block=2, norm_num_groups=32, scaling_factor=0.18215, use_quant_conv=True,
                  use_post_quant_conv=True):
@@ -359,7 +359,7 @@ def tensor_to_pictures(x):
 def grid(pictures, columns=None, least=0):
     """PIL pictures of one size, laid out in rows, and small ones enlarged towards `least` -> one PIL picture."""
     columns, (w, h) = columns or math.ceil(len(pictures) ** 0.5), pictures[0].size
-    sheet, k = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h)), max(1, least // w)
+    sheet, k = Image.new("RGB", (columns * w, -(-len(pictures) // columns) * h), "white"), max(1, least // w)
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * w, i // columns * h))
     return sheet.resize((sheet.width * k, sheet.height * k), Image.Resampling.NEAREST)
