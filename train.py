@@ -8,7 +8,7 @@ Three stages, each frozen before the next: `vae`, pictures to latents and back; 
 space; `unet`, noise in latents, given time and text. Trust OUT/samples/, not loss-STAGE.png. Before: sample.py."""
 import argparse, contextlib, csv, dataclasses, itertools, json, math, os, re, shutil, signal, sys, tempfile, time, zlib
 PRESETS = {   # what flags leave open; each stage's steps (below 64x64, where VAEs are quick, a third more), batch, rate
-    "tiny": dict(image_size=64, max_images=8000, vae=(800, 8, 4e-3), clip=(250, 128, 5e-3), unet=(1100, 32, 4e-3)),
+    "tiny": dict(image_size=128, max_images=8000, vae=(800, 8, 4e-3), clip=(250, 128, 5e-3), unet=(1100, 32, 4e-3)),
     "base": dict(image_size=256, vae=(50_000, 32, 1e-3), clip=(10_000, 512, 5e-4), unet=(200_000, 128, 5e-4)),
     "sd15": dict(image_size=512, vae=(200_000, 64, 2e-4), clip=(50_000, 1024, 3e-4), unet=(500_000, 512, 2e-4))}
 
@@ -22,7 +22,7 @@ def parse_args():
     p.add_argument("--text-encoder", default="scratch", metavar="DIR|HUB_ID", help="a published CLIP's; eval: judge")
     p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="words for an --init that is a single file")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="tiny: CPU; base: one GPU; sd15: published sizes")
-    p.add_argument("--image-size", type=int, metavar="N", help="pixels on a side (default: 64, 256, 512; --init's)")
+    p.add_argument("--image-size", type=int, metavar="N", help="pixels on a side (default: 128, 256, 512; --init's)")
     p.add_argument("--max-images", type=int, metavar="N", help="use N pictures, of all folders (tiny: 8000, else all)")
     p.add_argument("--steps", type=int, metavar="N", help="optimizer steps; --stage all: the U-Net's, others follow")
     p.add_argument("--batch-size", type=int, metavar="N", help="pictures for one optimizer step")
@@ -486,9 +486,9 @@ def main(args):
     anew = todo + ["vae", "clip"] * bool(args.init) + ["clip"] * (args.text_encoder != "scratch")
     if not (begun or todo == ["eval"] or RANK): set_aside(args.out, anew, args.resume)
     usual = (args.preset, len(todo), args.image_size, args.batch_size, args.device.type, args.dtype, begun, WORLD) == (
-        "tiny", 3, 64, None, "cpu", torch.float32, False, 1)       # each step of it takes as long as 38 of these:
+        "tiny", 3, 128, None, "cpu", torch.float32, False, 1)      # each step of it takes as long as 52 of these:
     x, w, steps = torch.randn(32, 64, 32, 32), torch.randn(64, 64, 3, 3), args.steps or preset["unet"][0]
-    wait = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.38 * steps
+    wait = np.ptp([(torch.conv2d(x, w, padding=1), time.time())[1] for _ in range(100 * usual + 1)]) * 0.52 * steps
     RANK or print(f"{data.files:,} pictures of {args.image_size}x{args.image_size}; {', '.join(todo)} on {args.device} "
           f"in {str(args.dtype)[6:]}{f'; about {wait / 60:.0f} minutes' * usual}; model: {plain(args.out)}/")
     for stage in todo:
