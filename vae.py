@@ -27,7 +27,7 @@ def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017, Eq. 1): q (..., N, d) and k, v (..., M, d) -> (..., N, d)."""
     if q.requires_grad and q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.size(-2) * k.size(-2) <= 128 ** 2:
         # As the equation says; for the gradient of few tokens, in bfloat16 on a CPU, up to four times as fast as below.
-        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) # (..., N, M): how well query n matches key m, O(1)
+        scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1) # (..., N, M), of O(1): how well n matches m
         return scores.softmax(dim=-1) @ v                          # each query's weighted mean of the values
     return F.scaled_dot_product_attention(q, k, v)                 # piece by piece: the scores never exist as a whole
 
@@ -164,7 +164,7 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))        # (B, 8,   H/8, W/8)
 
 class Decoder(nn.Module):
-    """z (B, Z, h, w) -> (B, 3, H, W). One block more per level than the encoder: as in U-Nets, for a skip more."""
+    """z (B, Z, h, w) -> (B, 3, H, W). One block more per level than the encoder, as in U-Nets (for one more skip)."""
     def __init__(self, out_channels, latent_channels, channels, layers, groups):
         super().__init__()
         channels = channels[::-1]
