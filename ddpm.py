@@ -210,8 +210,8 @@ def chances(seed, places):
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): momentum, then a step of the same size in every direction that the gradient points in.
     A layer's gradient is a matrix with few large singular values; AdamW's step, scaled entry by entry, is one, too.
-    Muon sets all of them to about 1, so that rare directions learn as fast as common ones. The VAE's first 90 seconds
-    on two cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone."""
+    Muon sets all of them to about 1, so that rare directions learn as fast as common ones. At 64x64 the VAE's first 90
+    seconds on two cores bring it to 31.5 dB with Muon, to 26.8 dB with AdamW alone."""
     def __init__(self, params, lr=1e-3, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))
 

@@ -187,7 +187,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         if config.get("use_linear_projection") and config["in_channels"] == 4 and prediction_type != "epsilon":
             config["sample_size"], prediction_type = 96, "v_prediction"             # Stable Diffusion 2.1, most likely
     pipe.schedule.prediction_type = prediction_type or pipe.schedule.prediction_type
-    pipe.schedule.clip_sample = False                              # diffusers' pipelines overrule files, too
+    pipe.schedule.clip_sample = False            # for pixels, not for latents: diffusers overrules files, too
     for part in parts:
         getattr(pipe, part).to(device)
     if "text_encoder" in parts:
@@ -390,7 +390,7 @@ def main(args):
         if gif:
             gif[0].save(f"{to}/{stem}.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 10, duration=100, loop=0)
         names += [f"{stem}.gif"] * args.gif
-        assert not any(os.path.isdir(os.path.join(folder, each)) for each in names), "a folder has a picture's name"
+        for each in names: assert not os.path.isdir(os.path.join(folder, each)), f"{plain(each)} is a folder"
         for each in names:                                         # whole, or not at all
             os.replace(os.path.join(to, each), os.path.join(folder, each))
     print(f"sample.py: drawn by the model in {plain(args.model)}", file=sys.stderr)

@@ -1626,7 +1626,8 @@ def test_captions_of_a_folder_come_in_the_promised_order(tmp_path):
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\ncats/told.png,"from, csv"\n')
     assert "from, csv" in [c for _, c in (ImageFolder(str(tmp_path), 8)[i] for i in range(len(data)))]
-    for text, why in (("file,caption\na.png,b\n", "file_name"), ("file_name,text\na.png,a cat, asleep\n", "in quotes"),
+    for text, why in (("file,caption\na.png,b\n", "KeyError 'file_name'"),
+                      ("file_name,text\na.png,a cat, asleep\n", "in quotes"),
                       ('file_name,text\na.png,"a cat\nred_barn.png,a barn\n', "end of data")):
         (tmp_path / "metadata.csv").write_text(text)
         with pytest.raises(BadInput, match=f"metadata.csv: .*{why}"):
@@ -1792,12 +1793,30 @@ def test_a_tuned_vae_comes_with_the_rest_of_its_model(trained, tmp_path, command
     assert not same_weights(old.vae, new.vae)
 
 
+def test_a_tuned_vae_is_resumed_until_a_unet_relies_on_it(trained, tmp_path, command, monkeypatch, no_sheets):
+    flags, real = ["--stage", "vae", "--init", "old", *TINY_RUN], train.learning_rate
+    shutil.copytree(trained / "out", tmp_path / "old")
+    monkeypatch.setattr(train, "learning_rate", with_ctrl_c(1, real))
+    assert "--resume goes on" in command("train.py", *flags)[2]
+    monkeypatch.setattr(train, "learning_rate", real)
+    shutil.copytree(tmp_path / "out", tmp_path / "stopped")
+    assert command("train.py", *flags, "--resume")[0] == 0
+    assert command("train.py", "--stage", "unet", *TINY_RUN)[0] == 0
+    unet = load_pipeline(str(tmp_path / "out")).unet
+    assert command("train.py", *flags, "--resume")[0] == 0         # nothing is left to train, nothing to write
+    assert same_weights(unet, load_pipeline(str(tmp_path / "out")).unet)
+    shutil.copy(tmp_path / "out/train_state/unet.pt", tmp_path / "stopped/train_state")
+    status, _, err = command("train.py", *flags, "--resume", "--out", "stopped")
+    assert status == 2 and "stopped/train_state/unet.pt away first" in err, err
+
+
 @pytest.mark.parametrize("part", [".", "text_encoder", "train_state/clip"])
 def test_a_run_does_not_take_away_what_it_reads(trained, tmp_path, command, part):
     shutil.copytree(trained / "out", tmp_path / "out")
-    before = sorted(os.walk(tmp_path))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     status, _, err = command("train.py", *TINY_RUN, "--text-encoder", os.path.join("out", part))
-    assert status == 2 and "--text-encoder" in err and sorted(os.walk(tmp_path)) == before
+    assert status == 2 and "--text-encoder" in err
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
 def test_which_model_draws_and_how_strictly(saved, trained, tmp_path, monkeypatch, command):
@@ -1919,8 +1938,9 @@ def test_the_unet_learns_from_latents_that_cannot_overflow(trained, tmp_path, co
     encode, given = Encoder.forward, []
 
     def forward(encoder, x):
-        given.append(encode(encoder, x).dtype)
-        return encode(encoder, x)
+        y = encode(encoder, x)
+        given.append(y.dtype)
+        return y
     monkeypatch.setattr(Encoder, "forward", forward)
     assert command("train.py", "--stage", "unet", *TINY_RUN, "--dtype", dtype)[0] == 0
     assert given and set(given) == {torch.float32 if dtype == "float16" else torch.bfloat16}
@@ -2147,7 +2167,7 @@ def test_a_picture_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch, 
     monkeypatch.undo()
     (tmp_path / "x-1.png").mkdir()                                 # in the way of the second
     status, _, err = command("sample.py", "x", "y", "--model", saved, "--steps", 1, "--output", "x.png")
-    assert status == 2 and err.splitlines()[-1] == "sample.py: --output x.png: a folder has a picture's name", err
+    assert status == 2 and err.splitlines()[-1] == "sample.py: --output x.png: x-1.png is a folder", err
     assert (tmp_path / "x.png").read_bytes() == b"old" and sorted(os.listdir(tmp_path)) == ["x-1.png", "x.png"]
 
 

@@ -218,7 +218,7 @@ class ImageFolder:
             with blame(f"{path}: each line has file_name and text"), open(path, encoding="utf-8-sig", newline="") as f:
                 for line in (csv.DictReader(f, strict=True) if path.endswith("csv") else
                              map(json.loads, filter(str.strip, f))):
-                    assert None not in line, "a text with commas belongs in quotes"
+                    assert not any(line.get(None, ())), "a text with commas belongs in quotes"
                     rows.append((os.path.normpath(line["file_name"]), plain(str(line["text"] or ""))))
         self.table, names = dict(rows), [name for name, _ in rows]
         twice = {name for name, following in itertools.pairwise(sorted(names)) if name == following}
@@ -285,8 +285,7 @@ def open_data(args, split):
     return data
 
 def set_aside(out, stages, resume):
-    """Copy the model in OUT whole to OUT/previous-K, then take away what the stages train anew, and the U-Net, which
-    relies on it: nothing is lost, no old part ever stands beside a new one. BadInput if asked to `resume` it."""
+    """Copy OUT's model to OUT/previous-K, then take away what is trained anew and a U-Net on it. BadInput to resume."""
     names = ("unet scheduler model_index.json train_state/unet.pt" + " vae train_state/vae.pt" * ("vae" in stages)
              + " text_encoder tokenizer train_state/clip train_state/clip.pt" * ("clip" in stages)).split()
     old = [path for path in (f"{out}/{name}" for name in names) if os.path.exists(path)]
@@ -314,8 +313,9 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
     if args.resume and os.path.exists(path):
         with blame(f"--resume: {path}"):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
-            assert stage == "unet" or learner.done == steps or not os.path.exists(f"{args.out}/unet"), \
-                f"the U-Net in {args.out}/ was trained with this part as it is; move {args.out}/unet away first"
+            after = f"{args.out}/{'train_state/unet.pt' if args.init else 'unet'}"  # --init's own U-Net comes along
+            assert stage == "unet" or learner.done == steps or not os.path.exists(after), \
+                f"the U-Net in {args.out}/ was trained with this part as it is; move {after} away first"
     start, rows, picture_at = learner.done, learner.rows, endless(data.n, args.seed)    # place in a row -> picture
     if args.compile: model.compile()
     # Side by side, for each part of a batch of this process: its pixels, its indices, its random generators.
@@ -352,7 +352,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
             plot(rows, f"{args.out}/loss-{stage}.png")
         if done % args.save_every == 0 or last: save()
         if stopping and done < steps: sys.exit(f"train.py: {stage} stopped at step {done} of {steps}; --resume goes on")
-    if start >= steps: save()                                      # resumed at the end: nothing was left to train
+    if start >= steps: keep(learner.average)                       # resumed at the end: nothing is left to train
 
 def plot(rows, path, W=640, H=360):
     """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
@@ -365,7 +365,7 @@ def plot(rows, path, W=640, H=360):
 # ---- The three stages, each with its `loss_of`, and the measure of the result ----------------------------------------
 def train_vae(pipe, data, val, args):
     """Stage 1: pictures -> latents -> pictures. Sets pipe.vae. Scales latents to a spread of 1, tiny to less: layouts
-    drown at more t (Chen 2023). Pictures right: novel pairs 96 % at 0.7, 94 at 1; CIFAR-10 74 % at 0.5, 66 at 0.7."""
+    drown at more t (Chen 2023). Right at 64x64: novel pairs 96 % at 0.7, 94 at 1; CIFAR-10 74 % at 0.5, 66 at 0.7."""
     fresh, vae = pipe.vae is None, pipe.vae or VAE(**vae_sizes(args.preset, args.image_size))
     vae.to(memory_format=torch.channels_last).set_grad_checkpoint(args.grad_checkpoint)
     models = torch.nn.ModuleDict({"vae": vae} | ({"discriminator": Discriminator()} if args.gan_weight else {}))
