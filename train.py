@@ -314,7 +314,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
         with blame(f"--resume: {path}"):
             learner.load_state_dict(torch.load(path, map_location=args.device, weights_only=True))
             after = f"{args.out}/{'train_state/unet.pt' if args.init else 'unet'}"  # --init's own U-Net comes along
-            assert stage == "unet" or learner.done == steps or not os.path.exists(after), \
+            assert stage == "unet" or learner.done == steps and not args.init or not os.path.exists(after), \
                 f"the U-Net in {args.out}/ was trained with this part as it is; move {after} away first"
     start, rows, picture_at = learner.done, learner.rows, endless(data.n, args.seed)    # place in a row -> picture
     if args.compile: model.compile()
@@ -352,7 +352,7 @@ def fit(stage, model, args, data, loss_of, show, keep, pixels=None):
             plot(rows, f"{args.out}/loss-{stage}.png")
         if done % args.save_every == 0 or last: save()
         if stopping and done < steps: sys.exit(f"train.py: {stage} stopped at step {done} of {steps}; --resume goes on")
-    if start >= steps: keep(learner.average)                       # resumed at the end: nothing is left to train
+    if start >= steps: save()                                      # resumed at the end: nothing was left to train
 
 def plot(rows, path, W=640, H=360):
     """The losses of a log (list of dict) as a curve, on a logarithmic scale."""
