@@ -1884,8 +1884,8 @@ def test_the_usual_run_says_how_long_it_will_take(monkeypatch, command):
     assert about("--steps", 1) == ["0"] and about("--steps", 1, "--image-size", 32) == []
     assert about("--steps", 1, "--batch-size", 4) == [] and about("--steps", 1, "--stage", "vae") == []
     clock = type("Clock", (), {"time": itertools.count(0, 0.01).__next__})         # a convolution in 10 ms:
-    monkeypatch.setattr(train, "time", clock)                                      # 0.52 s for a U-Net's step and all
-    assert about("--steps", 1100) == ["10"] and about("--steps", 11000) == ["95"]  # that goes before its first
+    monkeypatch.setattr(train, "time", clock)                                      # 0.50 s for a U-Net's step and all
+    assert about("--steps", 1100) == ["9"] and about("--steps", 11000) == ["92"]  # that goes before its first
 
 
 def test_fine_tuning_is_gentle_unless_told(saved, command, monkeypatch, no_sheets):
@@ -1921,6 +1921,28 @@ def test_what_clip_and_unet_learn_from(trained, tmp_path, command, monkeypatch):
     x = train.as_pictures(pixels[few], "cpu")
     losses = [contrastive_loss(clip, x, order)[0].item() for order in (ids, ids.flip(0))]
     assert loss_of(clip, pixels[few], few, None)[0].item() == pytest.approx(losses[0], abs=1e-5) != losses[1]
+
+
+@pytest.mark.parametrize("size, side", [(32, 16), (48, 24), (240, 112), (16, 8)])
+def test_the_vae_learns_from_windows(command, monkeypatch, size, side):
+    """Half as wide and high, cut to whole latents; anywhere in the picture, by the chance of that picture alone."""
+    given, seen = [], []
+    monkeypatch.setattr(train, "fit", lambda *all_: given.extend(all_))
+    monkeypatch.setattr(train, "vae_loss", lambda **asked: seen.append(asked["x"]))
+    assert command("train.py", "--stage", "vae", *TINY_RUN, "--image-size", size)[0] == 0
+    loss_of, n = given[4], 200
+    rows, columns, number = torch.meshgrid(torch.arange(size), torch.arange(size), torch.arange(n), indexing="ij")
+    pixels = torch.stack([rows, columns, number]).permute(3, 0, 1, 2).byte()        # each tells where it stands
+    for few in (list(range(n)), [7, 3]):
+        loss_of({}, pixels[few], None, [torch.Generator().manual_seed(k) for k in few])
+    windows, again = (((x + 1) * 127.5).round().long() for x in seen)
+    assert windows.shape == (n, 3, side, side) and torch.equal(again, windows[[7, 3]])
+    corner = windows[:, :2, :1, :1]
+    assert torch.equal(windows[:, :2] - corner, pixels[:1, :2, :side, :side].long().expand(n, -1, -1, -1))
+    assert all((windows[k, 2] == k).all() for k in range(n))
+    for at in corner.flatten(1).T:                                 # both ways as far as the picture goes
+        assert at.min() <= 1 and at.max() >= size - side - 1 and at.float().std() > 0.2 * (size - side)
+    assert torch.corrcoef(corner.flatten(1).T.float())[0, 1].abs() < 0.3
 
 
 @pytest.mark.parametrize("dtype, least", [(torch.bfloat16, 35), (torch.float16, 45)])
