@@ -1885,7 +1885,7 @@ def test_the_usual_run_says_how_long_it_will_take(monkeypatch, command):
     assert about("--steps", 1, "--batch-size", 4) == [] and about("--steps", 1, "--stage", "vae") == []
     clock = type("Clock", (), {"time": itertools.count(0, 0.01).__next__})         # a convolution in 10 ms:
     monkeypatch.setattr(train, "time", clock)                                      # 0.50 s for a U-Net's step and all
-    assert about("--steps", 1100) == ["9"] and about("--steps", 11000) == ["92"]  # that goes before its first
+    assert about("--steps", 1100) == ["9"] and about("--steps", 11000) == ["92"]   # that goes before its first
 
 
 def test_fine_tuning_is_gentle_unless_told(saved, command, monkeypatch, no_sheets):
