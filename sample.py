@@ -41,7 +41,7 @@ def parse_args():
         try:
             p.set_defaults(**read_parameters(args.like))           # strings: argparse makes of them what flags take
         except Exception as e:                                     # whatever a foreign file may hold
-            p.error(f"--like {args.like}: no picture with settings, as single ones have ({type(e).__name__} {e})")
+            p.error(f"--like {args.like}: no settings in it (sheets have none) ({type(e).__name__} {e})")
         args = p.parse_intermixed_args()
         args.prediction_type in (None, "epsilon", "v_prediction") or p.error(f"{args.like}: unknown prediction type")
     for flag in (flag for flag, value in vars(args).items() if value == "" and flag != "negative"):
