@@ -75,6 +75,7 @@ def read_parameters(path):
     return {"prompts": [prompt], "negative": negative, "sampler": sampler} | {
         flag: field[name] for name, flag in FIELDS.items() if name in field}
 ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")                    # waiting threads soon sleep: else busy cores crawl
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
@@ -188,8 +189,7 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
             config["sample_size"], prediction_type = 96, "v_prediction"             # Stable Diffusion 2.1, most likely
     pipe.schedule.prediction_type = prediction_type or pipe.schedule.prediction_type
     pipe.schedule.clip_sample = False            # for pixels, not for latents: diffusers overrules files, too
-    for part in parts:
-        getattr(pipe, part).to(device)
+    for part in parts: getattr(pipe, part).to(device)
     if "text_encoder" in parts:
         with blame(f"--tokenizer {tokenizer}"):
             pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder.text_model.embeddings)

@@ -2085,6 +2085,17 @@ def test_help_does_not_load_torch(script):
     assert "usage:" in done.stdout and done.stdout.strip().endswith("False")
 
 
+@pytest.mark.parametrize("script, words", [("train.py", []), ("sample.py", ["a landscape"])])
+@pytest.mark.parametrize("given, want", [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_are_told_to_sleep_before_torch_starts_them(script, words, given, want, tmp_path):
+    (tmp_path / "torch.py").write_text("import os; raise SystemExit('waits ' + os.environ['GOMP_SPINCOUNT'])")
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
+    program = f"import sys, runpy; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = {[script, *words]}\n" \
+              f"runpy.run_path('{script}', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program], cwd=HERE, env=env, text=True, stderr=subprocess.PIPE)
+    assert done.stderr.strip() == f"waits {want}"
+
+
 @pytest.mark.parametrize("stage", ["vae", "unet"])
 def test_training_is_the_same_in_parts(trained, tmp_path, stage, command, no_sheets):
     """--grad-accum and --grad-checkpoint change memory; what VAE and U-Net learn they do not."""
