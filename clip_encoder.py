@@ -4,9 +4,9 @@
 
 Why CLIP? A text encoder trained on text alone knows which words go together. CLIP (Radford et al.
 2021) was trained on pictures with their captions. A text tower and a vision tower map into one
-shared space, and among all captions of a batch, a picture must be closest to its own. So the text
-tower knows what words look like. Stable Diffusion keeps the text tower, frozen, and leaves the
-vision tower behind.
+shared space. Among all captions of a batch, a picture must be closest to its own, and a caption to
+its own picture. So the text tower knows what words look like. Stable Diffusion keeps the text
+tower, frozen, and leaves the vision tower behind.
 
 Why all L hidden states, and not the one pooled vector that CLIP compares? The pooled vector is a
 summary, good enough to pick a picture out of a crowd. To draw the picture, each part of it needs
@@ -17,9 +17,9 @@ Papers: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 Supervision"; Sennrich et al. 2016 (byte-pair encoding). Parameter names are those of transformers'
 CLIPModel.
 
-Letters: B batch; L tokens of a text, 77 in Stable Diffusion; D width, 768; V vocabulary; P width of
-the shared space; nh attention heads of size hs; S side of a picture, p side of a patch. Before this
-file: vae.py. Read next: ddpm.py.
+Letters: B batch; L tokens of a text, 77 in Stable Diffusion because OpenAI's CLIP was trained with
+as many; D width, 768; V vocabulary; P width of the shared space; nh attention heads of size hs; S
+side of a picture, p side of a patch. Before this file: vae.py. Read next: ddpm.py.
 """
 import json
 import math
@@ -52,10 +52,8 @@ def train_tokenizer(captions, vocab_size, max_length):
     # The trainer forgets the bytes that no caption has, and learns more pairs in their place. Build
     # the vocabulary anew, with all bytes.
     merges = merges[:max(vocab_size - len(tokens) - len(special), 0)]
-    for first, second in merges:
-        if first + second not in tokens:
-            tokens.append(first + second)
-    vocab = number(tokens + special)
+    tokens += [first + second for first, second in merges]
+    vocab = number(list(dict.fromkeys(tokens)) + special)      # two pairs may make the same token
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 def number(tokens):
@@ -68,7 +66,7 @@ def to_text(text):
 
 def tokenize(tokenizer, texts):
     """texts (list of str) -> ids (B, L) int64: start, text, end, padding. Longer texts are cut."""
-    L = min(tokenizer.model_max_length, 77)
+    L = min(tokenizer.model_max_length, 77)                    # without a limit, that is huge
     texts = [to_text(text) for text in texts]
     encoded = tokenizer(
         texts, padding="max_length", truncation=True, max_length=L, return_tensors="pt"
@@ -81,7 +79,7 @@ def quick_gelu(x):
     """x * sigmoid(1.702 x), close to gelu. OpenAI's CLIP was trained with it."""
     return x * torch.sigmoid(1.702 * x)
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}      # Stable Diffusion 1 and 2
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}      # of Stable Diffusion 1, and of 2
 
 class Attention(nn.Module):
     """Multi-head self-attention, (B, L, D) -> (B, L, D). causal: no token sees those after it."""
@@ -100,8 +98,8 @@ class Attention(nn.Module):
         q = self.split_heads(self.q_proj(x))                       # (B, nh, L, hs)
         k = self.split_heads(self.k_proj(x))
         v = self.split_heads(self.v_proj(x))
-        # Each token scores every token. 1/sqrt(hs) keeps the scores near 1, so that softmax stays
-        # soft. Each output is the mean of all values, weighted by the scores.
+        # Each token scores every token. 1/sqrt(hs) keeps the variance of the scores near 1, so that
+        # softmax stays soft. Each output is the mean of all values, weighted by the scores.
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))   # (B, nh, L, L)
         if self.causal:
             L = x.size(1)
@@ -180,7 +178,8 @@ class TextTransformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.embeddings = TextEmbeddings(config)
-        # Causal alone, without a mask for padding: padding comes last, so no word sees it.
+        # Causal, without a mask for padding: padding comes last, so no word sees it. The U-Net
+        # reads all L states, also those of padding, as in Stable Diffusion.
         self.encoder = Blocks(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config["hidden_size"], eps=config["layer_norm_eps"])
 
@@ -327,7 +326,8 @@ class CLIP(nn.Module):
 
     def text_encoder(self):
         """The text tower alone, as a CLIPTextEncoder that shares its weights."""
-        encoder = CLIPTextEncoder.from_config(self.config["text_config"])
+        with torch.device("meta"):
+            encoder = CLIPTextEncoder.from_config(self.config["text_config"])
         encoder.text_model = self.text_model
         return encoder
 
@@ -358,9 +358,9 @@ def contrastive_loss(images, texts, scale, ids):
 
     images, texts (B, P): unit vectors of pictures and of their captions ids (B, L). Each picture is
     asked which of the B captions is its own, each caption which of the B pictures: two
-    classifications with the right answers on the diagonal. To win, a tower must tell everything in
-    which these pictures differ. Where two pictures have the same caption, neither is wrong, so
-    these pairs do not compete. accuracy: how often a picture prefers its own caption.
+    classifications with the right answers on the diagonal. To win, both towers must encode whatever
+    tells these pictures apart. Where two pictures have the same caption, both answers are right, so
+    these pairs are left out. accuracy: how often a picture prefers its own caption.
     """
     target = torch.arange(len(ids), device=ids.device)         # picture i belongs to caption i
     logits = scale * images @ texts.T                          # (B, B): picture i, caption j

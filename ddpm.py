@@ -2,7 +2,7 @@
 
     symbol                  name here     what it is                                      equation
     beta_t                  beta          variance of the noise added at step t           DDPM 2
-    alpha_t                 1 - beta      how much signal power step t keeps              DDPM 2
+    alpha_t                 1 - beta      how much signal power step t keeps              DDPM 4
     abar_t                  alpha_bar     alpha_1 * ... * alpha_t: how much is left       DDPM 4
     q(x_t | x_{t-1})        -             N(sqrt(alpha_t) x_{t-1}, beta_t I)              DDPM 2
     q(x_t | x_0)            q_sample      N(sqrt(abar_t) x_0, (1 - abar_t) I)             DDPM 4
@@ -22,8 +22,12 @@ x_0 and the kept power is abar_t:
     x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps,   eps ~ N(0, I)                         (Eq. 4)
 
 So training can jump to any t. Going back needs q(x_{t-1} | x_t), which nobody knows. But if x_0 is
-known as well, Bayes' rule for Gaussians gives it (Eq. 6). So a network predicts x_0, or what comes
-to the same by Eq. 4, the noise eps, and we take the step with the prediction in place of the truth.
+known as well, Bayes' rule for Gaussians gives it: a Gaussian with the mean (Eq. 6 and 7)
+
+    mu~_t = (sqrt(abar_{t-1}) beta_t x_0 + sqrt(alpha_t) (1 - abar_{t-1}) x_t) / (1 - abar_t)
+
+So a network predicts x_0, or what comes to the same by Eq. 4, the noise eps, and we take the step
+with the prediction in place of the truth.
 
 Why is a squared error in eps the right loss? The negative ELBO (Eq. 5) is a sum over t:
 
@@ -35,17 +39,17 @@ p_theta is the posterior with the predicted x_0, so both Gaussians of L_{t-1} ha
 beta~_t, and their KL is |difference of the means|^2 / (2 beta~_t) (Eq. 8). The means differ by
 beta_t / (sqrt(alpha_t) sqrt(1 - abar_t)) (eps - eps_theta), from Eq. 7 and 4. So (Eq. 12)
 
-    L_{t-1} = beta_t^2 / (2 beta~_t alpha_t (1 - abar_t)) |eps - eps_theta|^2
+    L_{t-1} = E[beta_t^2 / (2 beta~_t alpha_t (1 - abar_t)) |eps - eps_theta|^2]     for t > 1
 
 With all these weights set to 1 it is the simple loss (Eq. 14). That spends more on large t than the
-bound does, and draws better pictures.
+bound does, and draws better pictures. diffusion_loss can also weigh otherwise (min-SNR).
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022 (DPM-Solver++); Ho & Salimans
 2022 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR).
 
 Letters: T diffusion steps, 1000; B batch; x is whatever is diffused, of any shape (B, ...): for
-Stable Diffusion latents (B, 4, h, w). t counts from 0: t = 0 is the paper's t = 1, and before it
-abar is 1. Before this file: vae.py, clip_encoder.py. Read next: unet.py.
+Stable Diffusion latents (B, 4, h, w). The code counts t from 0, the paper from 1: t = 0 here is its
+t = 1. Before t = 0, abar is 1. Before this file: vae.py, clip_encoder.py. Read next: unet.py.
 """
 import math
 import numpy as np
@@ -62,9 +66,9 @@ class NoiseSchedule:
         beta_end=0.012,
         beta_schedule="scaled_linear",     # or linear, squaredcos_cap_v2 (cosine)
         prediction_type="epsilon",         # what the network predicts; or v_prediction
-        steps_offset=1,                    # added to the times of leading spacing
-        set_alpha_to_one=False,            # DDIM ends at abar = 1, or else at abar_0
-        timestep_spacing=None,             # leading, trailing, linspace, or each sampler's own
+        timestep_spacing=None,             # leading, trailing, linspace or None: see timesteps
+        steps_offset=1,                    # added to t if the spacing is leading
+        set_alpha_to_one=False,            # False: DDIM's last step ends at abar_0, not at 1
     )
 
     def __init__(self, **config):
@@ -130,7 +134,7 @@ class NoiseSchedule:
         return {key: value for key, value in config.items() if value is not None}
 
     def at(self, table, t, x):
-        """table[t] as something to multiply x by: t an int -> a float; t (B,) -> (B, 1, ..., 1)."""
+        """table[t], shaped to multiply x: t an int -> a float; t (B,) -> (B, 1, ..., 1)."""
         if isinstance(t, int):
             return table[t].item()
         values = table.to(x.device)[t]
@@ -164,8 +168,9 @@ class NoiseSchedule:
     def posterior(self, x0, x_t, t, t_prev):
         """Mean and variance of q(x_prev | x_t, x_0) (Eq. 6 and 7). t and t_prev are ints.
 
-        t_prev < t is where the step ends; negative: at x_0. With t_prev = t - 1 this is the
-        paper's. A longer stride is the same with alpha_t = abar_t / abar_prev, all steps in one.
+        t_prev < t is the time after the step ("previous" as in the paper's t - 1); negative means
+        x_0. With t_prev = t - 1 this is the paper's. A longer stride is the same with alpha_t =
+        abar_t / abar_prev, all steps in one.
         """
         abar = self.at(self.alpha_bar, t, x_t)
         abar_prev = self.at(self.alpha_bar, t_prev, x_t) if t_prev >= 0 else 1.0
@@ -179,9 +184,10 @@ class NoiseSchedule:
     def timesteps(self, steps, sampler="ddim"):
         """Which of the T times to visit -> [(t, t_prev), ...], from noisy to clean.
 
-        leading     0, k, 2k, ..., k = T // steps, plus steps_offset: starts short of pure noise
+        leading     0, k, 2k, ... plus steps_offset, k = T // points: starts short of pure noise
         trailing    T - 1, T - 1 - k, ..., k = T / steps
         linspace    evenly from T - 1 to 0
+        points: steps, and one more for DPM-Solver++, which counts x_0 as a point.
         Without a spacing in the config: linspace for DPM-Solver++, else leading. t_prev < 0 stands
         for x_0. ValueError unless 1 <= steps <= T.
         """
@@ -190,7 +196,7 @@ class NoiseSchedule:
         spacing = self.config["timestep_spacing"]
         if spacing is None:
             spacing = "linspace" if sampler == "dpmpp" else "leading"
-        points = steps + 1 if sampler == "dpmpp" else steps    # DPM-Solver++ counts x_0 as a point
+        points = steps + 1 if sampler == "dpmpp" else steps
         if spacing == "linspace":
             times = np.linspace(0, self.T - 1, points).round()
         elif spacing == "leading":
@@ -206,7 +212,7 @@ class NoiseSchedule:
 # ---- The training loss ---------------------------------------------------------------------------
 
 def diffusion_loss(schedule, output, x0, t, noise, min_snr=0.0):
-    """The loss of Algorithm 1 for each example, (B,). output: the network's at x_t, (B, ...).
+    """The loss of Algorithm 1 for each example, (B,). output: the network's for x_t, (B, ...).
 
     Eq. 14: the mean squared error in eps, or in v. min_snr > 0 weighs it (Hang et al. 2023, section
     3.4): an error in eps is sqrt(SNR) times that in x_0, an error in v sqrt(SNR + 1) times, so both
@@ -218,8 +224,8 @@ def diffusion_loss(schedule, output, x0, t, noise, min_snr=0.0):
     loss = (output.float() - target.float()).square().flatten(1).mean(dim=1)
     if min_snr > 0:
         snr = schedule.snr.to(t.device)[t]
-        weight_now = snr + 1 if v_prediction else snr
-        loss = loss * snr.clamp(max=min_snr) / weight_now
+        x0_weight = snr + 1 if v_prediction else snr           # that the loss has by itself
+        loss = loss * snr.clamp(max=min_snr) / x0_weight
     return loss
 
 # ---- Guidance ------------------------------------------------------------------------------------
@@ -227,11 +233,12 @@ def diffusion_loss(schedule, output, x0, t, noise, min_snr=0.0):
 def guide(cond, uncond, w):
     """Classifier-free guidance (Ho & Salimans 2022, Eq. 6; their weight is w - 1).
 
-    Bayes' rule: log p(x|c) = log p(x) + log p(c|x) + const, c the prompt. eps is minus the gradient
-    of log p(x_t), times sqrt(1 - abar). So cond - uncond points where the picture fits the prompt
-    better, and w times as much of it aims at p(x) p(c|x)^w. w = 0 leaves the prompt out,
-    w = 1 takes it as it is, w > 1 exaggerates it. A negative prompt takes the place of the empty
-    one in uncond. Dropped captions in training teach uncond to the same network.
+    Bayes' rule: log p(x|c) = log p(x) + log p(c|x) + const, c the prompt. eps is minus sqrt(1 -
+    abar) times the gradient of log p(x_t). So cond - uncond is the part of eps that makes the
+    picture fit the prompt less. Samplers take eps out of x_t: with w times that part, they aim at
+    p(x) p(c|x)^w. At a given x_t v is linear in eps, so the same holds for v. w = 0 leaves the
+    prompt out, w = 1 takes it as it is, w > 1 exaggerates it. A negative prompt takes the place of
+    the empty one in uncond. Dropped captions in training teach uncond to the same network.
     """
     return uncond + w * (cond - uncond)
 
@@ -256,9 +263,10 @@ def ddpm(schedule, model, x, times, randn):
 def ddim(schedule, model, x, times, randn, eta=0.0):
     """DDIM (Song et al. 2020, Eq. 12): take the noise out, put it back in at the lower level.
 
-    The loss knows q(x_t | x_0) only, so any process with the same q(x_t | x_0) will do. With
-    eta = 0 this one adds no fresh noise: x at the start decides the picture, and long strides
-    work. With eta = 1 it is DDPM. Published models end at abar_0, a trace of noise short of x_0.
+    The loss knows q(x_t | x_0) only, so any process with the same q(x_t | x_0) will do. With eta =
+    0 this one adds no fresh noise: x at the start decides the picture, and long strides work. With
+    eta = 1 it is DDPM. sample.py always has eta = 0. Published models end at abar_0, a trace of
+    noise short of x_0.
     """
     end = 1.0 if schedule.config["set_alpha_to_one"] else schedule.alpha_bar[0].item()
     for t, t_prev in times:
@@ -279,9 +287,9 @@ def dpmpp(schedule, model, x, times, randn):
     """DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): DDIM, with a look at where x_0 is moving.
 
     With a = sqrt(abar), s = sqrt(1 - abar), DDIM solves a differential equation in
-    lambda = log(a / s) and takes the predicted x_0 as constant over a step. A line through the last
-    two predictions, h_last apart in lambda, read off at the middle of the step, h / 2 further on,
-    makes it second order without a further call of the model. It draws no noise.
+    lambda = log(a / s) and takes the predicted x_0 as constant over a step. Here a line is drawn
+    through the last two predictions, h_last apart in lambda, and read at the middle of the step,
+    h / 2 further on. That is second order, and calls the model no more often. It draws no noise.
     """
     x0_last, h_last = None, None
     for t, t_prev in times:

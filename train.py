@@ -9,10 +9,12 @@ Each stage learns in one loop, with the stages before it frozen.
 
     vae     pictures -> latents -> pictures                     loss: vae_loss in vae.py
     clip    pictures and captions -> one space                  contrastive_loss in clip_encoder.py
-    unet    noisy latents, the time, a caption -> the noise     diffusion_loss in ddpm.py
+    unet    noisy latents, the time, a caption -> eps or v      diffusion_loss in ddpm.py
 
-The default takes about 25 minutes on two CPU cores. Look at OUT/samples/ rather than at the loss.
+The default takes about 20 minutes on two CPU cores. Look at OUT/samples/ rather than at the loss.
 OUT is a model that sample.py and diffusers read; OUT/train_state is what --resume goes on from.
+Under torchrun each process takes its share of every batch, DistributedDataParallel averages the
+gradients, the CLIP compares the shares of all (gather), and process 0 writes the files.
 
 Letters: B batch; S side of a picture; f the VAE's factor; h, w latent size; L tokens of width D; T
 diffusion steps. Before this file: sample.py. This is the last one.
@@ -22,7 +24,7 @@ import os
 import sys
 from pathlib import Path
 
-# What the flags leave open. Every preset is the published architecture, only narrower.
+# What the flags leave open. Every preset is the published architecture in other sizes.
 PRESETS = {
     "tiny": dict(                                    # minutes on a CPU
         image_size=128,
@@ -66,7 +68,7 @@ PRESETS = {
         unet_batch=32,
         unet_lr=4e-3,
     ),
-    "base": dict(                                    # a day on one GPU
+    "base": dict(                                    # for one GPU
         image_size=256,
         prediction_type="epsilon",
         guidance=7.5,
@@ -105,7 +107,7 @@ PRESETS = {
         unet_batch=128,
         unet_lr=5e-4,
     ),
-    "sd15": dict(                                    # the published sizes; weeks on many GPUs
+    "sd15": dict(                                    # the published sizes, for many GPUs
         image_size=512,
         prediction_type="epsilon",
         guidance=7.5,
@@ -150,9 +152,9 @@ def parse_args():
     p.add_argument("--preset", choices=PRESETS, default="tiny", help="sizes of the models (tiny)")
     p.add_argument("--image-size", type=int, help="pixels, a multiple of 16 (128)")
     p.add_argument("--max-images", type=int, help="learn from N pictures (all)")
-    p.add_argument("--steps", type=int, help="with --stage all: the U-Net's")
+    p.add_argument("--steps", type=int, help="with --stage all the U-Net's, others follow")
     p.add_argument("--batch-size", type=int, help="of all processes together")
-    p.add_argument("--grad-accum", type=int, default=1, help="parts of a batch (1)")
+    p.add_argument("--grad-accum", type=int, default=1, help="micro-batches of a step (1)")
     p.add_argument("--grad-checkpoint", action="store_true", help="less memory, more time")
     p.add_argument("--lr", type=float, help="peak learning rate")
     p.add_argument("--prediction-type", choices=["epsilon", "v_prediction"], help="(the preset's)")
@@ -207,8 +209,8 @@ from tqdm import tqdm
 from clip_encoder import CLIP, CLIPTextEncoder, contrastive_loss, tokenize, train_tokenizer
 from ddpm import NoiseSchedule, diffusion_loss
 from sample import (PARTS, Pipeline, encode_prompts, filling, generate, grid, load_clip,
-                    load_pipeline, naming, open_picture, pick_device, picture_to_tensor, run,
-                    save_pipeline, tensor_to_pictures, write_part, write_tokenizer)
+                    load_pipeline, naming, open_picture, pick_device, picture_to_tensor,
+                    run_command, save_pipeline, tensor_to_pictures, write_part, write_tokenizer)
 from unet import UNet
 from vae import VAE, DiagonalGaussian, vae_loss
 
@@ -270,10 +272,13 @@ class ImageFolder(Dataset):
             if not path.is_file():
                 continue
             with naming(f"{path}: each line needs file_name and text"):
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
-                lines = csv.DictReader(lines) if path.suffix == ".csv" else map(json.loads, lines)
+                with open(path, encoding="utf-8-sig", newline="") as file:
+                    if path.suffix == ".csv":
+                        lines = list(csv.DictReader(file))
+                    else:
+                        lines = [json.loads(line) for line in file if line.strip()]
                 for line in lines:
-                    table[os.path.normpath(line["file_name"])] = line["text"]
+                    table[os.path.normpath(line["file_name"])] = str(line["text"] or "")
         return table
 
     def read_caption(self, name):
@@ -291,7 +296,8 @@ class ImageFolder(Dataset):
     def __getitem__(self, i):
         if i >= len(self):
             raise IndexError(i)
-        for k in [*range(i, len(self)), *range(i)]:            # i, or the next that can be read
+        for offset in range(len(self)):                        # i, or the next that can be read
+            k = (i + offset) % len(self)
             name = self.names[k]
             try:
                 image = open_picture(self.root / name)
@@ -306,7 +312,9 @@ class ImageFolder(Dataset):
 def open_data(args):
     """The pictures to learn from, and those to validate by. Draws the landscapes if need be."""
     if RANK == 0 and args.data == LANDSCAPES and not (LANDSCAPES / "metadata.jsonl").exists():
-        subprocess.run([sys.executable, LANDSCAPES.with_suffix(".py")], check=True)
+        drawing = subprocess.run([sys.executable, LANDSCAPES.with_suffix(".py")])
+        if drawing.returncode:
+            raise ValueError(f"{LANDSCAPES}: the pictures could not be drawn")
     barrier()
     data = ImageFolder(args.data, args.image_size, "train", args.flip, args.max_images)
     val = ImageFolder(args.data, args.image_size, "val")
@@ -341,16 +349,20 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        """Update every parameter."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if p.grad is None:
+                    continue
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                average = self.state[p]["momentum"]
                 average.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(average, group["momentum"])               # Nesterov
                 update = orthogonalize(update.flatten(1))
                 # Entries of about 0.2 lr, as in Adam's steps: both take the same learning rate.
                 scale = 0.2 * max(update.shape) ** 0.5
-                p.add_(update.view(p.shape), alpha=-group["lr"] * scale)
+                p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
 def orthogonalize(G):
     """A matrix with the singular vectors of G (M, N) and singular values near 1.
@@ -398,7 +410,8 @@ def learning_rate(step, steps, peak):
 def update_ema(ema, model, step):
     """The exponential moving average of the weights: jitter of single steps cancels out.
 
-    Over about 200 steps, and at first fewer.
+    Over about 200 steps, and at first fewer. Samples and the saved model use it; training goes on
+    from the weights themselves.
     """
     decay = min(0.995, (1 + step) / (10 + step))
     for average, p in zip(ema.parameters(), model.parameters()):
@@ -413,12 +426,12 @@ def gather(x):
     """(b, ...) of this process -> (B, ...) of all processes, in their order."""
     if WORLD == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    dist.all_gather(parts, x.detach())
+    shares = [torch.empty_like(x) for _ in range(WORLD)]
+    dist.all_gather(shares, x.detach())
     # Gradients flow into this process's rows alone, and WORLD times as large: the mean over all
     # processes, which follows, is then the gradient of the whole batch.
-    parts[RANK] = WORLD * x - (WORLD - 1) * x.detach()
-    return torch.cat(parts)
+    shares[RANK] = WORLD * x - (WORLD - 1) * x.detach()
+    return torch.cat(shares)
 
 # ---- What the three loops share: all but the training step ---------------------------------------
 
@@ -439,13 +452,13 @@ class Training:
         self.step = 0                                # of those that are done
         self.recent = []                             # metrics since they were logged last
 
-        # Slices of every batch: this process's share of its first part, second part, ...
-        parts = 1 if stage == "clip" else args.grad_accum      # a CLIP compares the whole batch
-        size, rest = divmod(self.batch_size, parts * WORLD)
+        # Micro-batches: the slices of every batch that this process takes, one after the other.
+        count = 1 if stage == "clip" else args.grad_accum      # a CLIP compares the whole batch
+        size, rest = divmod(self.batch_size, count * WORLD)
         if rest:
             raise ValueError("--batch-size is not a multiple of --grad-accum times the processes")
         starts = range(RANK * size, self.batch_size, WORLD * size)
-        self.parts = [slice(start, start + size) for start in starts]
+        self.micro_batches = [slice(start, start + size) for start in starts]
 
         model.to(args.device)
         self.model = model.requires_grad_(True).train()
@@ -469,8 +482,9 @@ class Training:
         self.bar = tqdm(total=self.steps, initial=self.step, desc=stage, disable=RANK > 0)
 
     def stop(self, *_):
-        """Ctrl-C: finish the step, save, and end."""
+        """Ctrl-C: finish the step, save, and end. Once more: end at once."""
         self.stopping = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def rng(self):
         """A random generator for the whole batch of this step, whatever came before it."""
@@ -481,8 +495,8 @@ class Training:
         """The indices of each part of each batch that is left, for a DataLoader."""
         for step in range(self.step, self.steps):
             indices = batch_indices(n, self.batch_size, step, self.args.seed)
-            for part in self.parts:
-                yield indices[part].tolist()
+            for rows in self.micro_batches:
+                yield indices[rows].tolist()
 
     def batches(self, data):
         """Pictures and captions for each part of each batch that is left: (b, 3, S, S), [str]."""
@@ -509,17 +523,24 @@ class Training:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        if not norm.isfinite() and not self.scaler.is_enabled():       # it skips such steps
+        if norm.isfinite():
+            return
+        if not self.scaler.is_enabled() or self.scaler.get_scale() < 1e-3:
             raise ValueError("the gradient is NaN or inf; try a smaller --lr or --dtype float32")
+        # float16 overflowed somewhere. No optimizer takes this step, and update() halves the scale.
+        self.model.zero_grad()
 
     def finish_step(self, **metrics):
-        """Count the step. Log metrics (scalar tensors) every ten steps, their means over these."""
+        """Count the step. Log the metrics (scalar tensors) of every ten steps, as means.
+
+        They are those of this process's last micro-batch: a sample, which costs nothing.
+        """
         self.step += 1
         self.bar.update()
         self.recent.append([value.item() for value in metrics.values()])
         if self.step % 10 == 0 or self.step == self.steps:
             means = torch.tensor(self.recent).nanmean(dim=0)
-            row = dict(zip(metrics, means.tolist()))
+            row = dict(zip(metrics, means.tolist()))           # NaN: no such t in these steps
             self.recent = []
             self.bar.set_postfix(row)
             if RANK == 0:
@@ -528,7 +549,7 @@ class Training:
 
     def due(self, every):
         """Is it time for what happens every so many steps, and at the end?"""
-        return self.step % every == 0 or self.step == self.steps or self.stopping
+        return self.step % every == 0 or self.step == self.steps
 
     def settings(self):
         """What a run must share with the checkpoint that it resumes: {flag: value}."""
@@ -543,8 +564,7 @@ class Training:
             save_pipeline(pipe, self.args.out, parts)
             self.save_state()
         barrier()
-        if self.stopping and self.step < self.steps:
-            self.bar.close()
+        if self.stopping:
             raise KeyboardInterrupt
 
     def save_state(self):
@@ -565,7 +585,7 @@ class Training:
         with naming(f"--resume: {self.path} cannot be read; remove it"):
             state = torch.load(self.path, map_location=self.args.device, weights_only=True)
         for name, now in self.settings().items():
-            before = state["settings"][name]
+            before = state["settings"].get(name)
             if now != before:
                 raise ValueError(f"--resume: --{name.replace('_', '-')} was {before}, is now {now}")
         self.step = state["step"]
@@ -586,7 +606,7 @@ def stage_steps(stage, args):
 def save_sheet(pictures, columns, args, name):
     """Write OUT/samples/NAME.png."""
     folder = args.out / "samples"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     grid(pictures, columns).save(folder / f"{name}.png")
 
 # ---- Stage 1: the VAE ----------------------------------------------------------------------------
@@ -596,6 +616,8 @@ def vae_config(preset, image_size):
     config = dict(PRESETS[preset]["vae"])
     if preset == "tiny":
         halvings = max(1, round(math.log2(image_size / 16)))
+        while image_size % 2**halvings:
+            halvings -= 1
         config["block_out_channels"] = [16] * (halvings - 1) + [32, 64]
     return config
 
@@ -609,7 +631,7 @@ def train_vae(pipe, data, val, args):
     latent = (B, vae.config["latent_channels"], crop // vae.f, crop // vae.f)
     examples = load_examples(val, 32, args)
     if run.step > 0:
-        save_vae(run, pipe, examples)                          # a kill may have left older ones
+        save_vae(run, pipe, examples)            # sets pipe.vae, also if this stage was done before
     batches = run.batches(data)
 
     for step in range(run.step, run.steps):
@@ -617,13 +639,13 @@ def train_vae(pipe, data, val, args):
         rng = run.rng()
         corners = torch.randint(S - crop + 1, (B, 2), generator=rng).tolist()
         noise = torch.randn(latent, generator=rng)
-        for part in run.parts:
+        for rows in run.micro_batches:
             x, _ = next(batches)
-            x = random_crops(x, corners[part], crop).to(args.device)
-            run.ddp.require_backward_grad_sync = part == run.parts[-1]     # once a step
+            x = random_crops(x, corners[rows], crop).to(args.device)
+            run.ddp.require_backward_grad_sync = rows == run.micro_batches[-1]     # once a step
             with run.autocast():
-                loss, mse, kl = vae_loss(run.ddp, x, noise[part])
-            run.scaler.scale(loss / len(run.parts)).backward()
+                loss, mse, kl = vae_loss(run.ddp, x, noise[rows])
+            run.scaler.scale(loss / len(run.micro_batches)).backward()
         run.clip_gradients()
         for optimizer in run.optimizers:
             run.scaler.step(optimizer)
@@ -634,7 +656,7 @@ def train_vae(pipe, data, val, args):
         run.finish_step(loss=loss, mse=mse, kl=kl)
         if RANK == 0 and run.due(args.sample_every):
             save_reconstructions(run.ema, examples[:8], args, f"vae-{run.step:06d}")
-        if run.due(args.save_every):
+        if run.due(args.save_every) or run.stopping:
             save_vae(run, pipe, examples)
 
 def save_vae(run, pipe, examples):
@@ -683,7 +705,7 @@ def train_clip(pipe, data, val, args):
     clip = CLIP(text, sizes["vision"], sizes["projection_dim"])
     run = Training("clip", clip, args)
     if run.step > 0:
-        save_clip(run, pipe)                                   # as in train_vae
+        save_clip(run, pipe)                     # sets pipe.text_encoder, as above
     batches = run.batches(data)
 
     for step in range(run.step, run.steps):
@@ -705,7 +727,7 @@ def train_clip(pipe, data, val, args):
         update_ema(run.ema, clip, step)
 
         run.finish_step(loss=loss, accuracy=accuracy)
-        if run.due(args.save_every):
+        if run.due(args.save_every) or run.stopping:
             save_clip(run, pipe)
 
 def save_clip(run, pipe):
@@ -732,7 +754,9 @@ def train_unet(pipe, data, val, args):
     run = Training("unet", unet, args)
     pipe.unet = run.ema
     if run.step > 0:
-        run.save(pipe, PARTS)                                  # as in train_vae
+        run.save(pipe, PARTS)                    # the files may not be of the last checkpoint
+    if run.step == run.steps:
+        return
     B = run.batch_size
     latent = (B, vae.config["latent_channels"], side, side)
     prompts = list(dict.fromkeys(val.captions))[:16]
@@ -742,24 +766,24 @@ def train_unet(pipe, data, val, args):
         run.set_learning_rate()
         rng = run.rng()
         indices = batch_indices(len(data), B, step, args.seed)
-        z_noise = torch.randn(latent, generator=rng)
-        noises = torch.randn(latent, generator=rng)
-        times = torch.randint(schedule.T, (B,), generator=rng)
-        # Forget every tenth caption: one network learns eps(z, c) and eps(z), as guidance needs.
-        forget = torch.rand(B, generator=rng) < 0.1
-        for part in run.parts:
-            q = DiagonalGaussian(moments[indices[part]])
-            z0 = vae.scaling_factor * q.sample(noise=z_noise[part]).to(args.device)
-            texts = ["" if forget[i] else captions[indices[i]] for i in range(B)[part]]
-            t = times[part].to(args.device)
-            noise = noises[part].to(args.device)
-            run.ddp.require_backward_grad_sync = part == run.parts[-1]     # once a step
+        vae_noise = torch.randn(latent, generator=rng)
+        all_noise = torch.randn(latent, generator=rng)
+        all_t = torch.randint(schedule.T, (B,), generator=rng)
+        # Caption dropout: one in ten becomes "", so one network learns eps(z, c) and eps(z).
+        drop = torch.rand(B, generator=rng) < 0.1
+        for rows in run.micro_batches:
+            q = DiagonalGaussian(moments[indices[rows]])
+            z0 = vae.scaling_factor * q.sample(noise=vae_noise[rows]).to(args.device)
+            texts = ["" if drop[i] else captions[indices[i]] for i in range(B)[rows]]
+            t = all_t[rows].to(args.device)
+            noise = all_noise[rows].to(args.device)
+            run.ddp.require_backward_grad_sync = rows == run.micro_batches[-1]     # once a step
             with run.autocast():
                 context = encode_prompts(pipe, texts)                              # (b, L, D)
                 z_t = schedule.q_sample(z0, t, noise)                              # Eq. 4
                 output = run.ddp(z_t, t, context)                                  # eps or v
             losses = diffusion_loss(schedule, output, z0, t, noise, args.min_snr)  # Eq. 14, (b,)
-            run.scaler.scale(losses.mean() / len(run.parts)).backward()
+            run.scaler.scale(losses.mean() / len(run.micro_batches)).backward()
         run.clip_gradients()
         for optimizer in run.optimizers:
             run.scaler.step(optimizer)
@@ -771,7 +795,7 @@ def train_unet(pipe, data, val, args):
         if RANK == 0 and run.due(args.sample_every):
             pictures = generate(pipe, prompts, steps=15, progress=False)
             save_sheet(pictures, 8, args, f"unet-{run.step:06d}")
-        if run.due(args.save_every):
+        if run.due(args.save_every) or run.stopping:
             run.save(pipe, PARTS)
 
 def loss_by_time(losses, t, T):
@@ -806,7 +830,7 @@ def encode_pictures(pipe, data, args):
     return moments, [data.captions[i] for i in caption_of]
 
 def shared_tensor(path, dtype, *shape):
-    """A tensor in a file that all processes share. It has no name, and ends with them."""
+    """A tensor in a file that all processes share. Unlinked at once, the file ends with them."""
     tensor = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
     barrier()
     if RANK == 0 and os.name != "nt":                          # Windows keeps open files
@@ -815,27 +839,31 @@ def shared_tensor(path, dtype, *shape):
 
 # ---- How good is it? -----------------------------------------------------------------------------
 
+@torch.no_grad()
 def evaluate(pipe, data, val, args):
     """Print how good the model is, on 100 pictures that it has not learnt from."""
+    judge = args.text_encoder
+    if judge == "scratch":
+        judge = args.out / "train_state" / "clip"
+    clip, tokenizer = load_clip(judge, args.device)
     x = load_examples(val, 100, args)
     captions = val.captions[:len(x)]
     print(f"PSNR of reconstructions    {psnr(pipe.vae, x):.1f} dB")
 
     rng = torch.Generator().manual_seed(0)
-    z0 = pipe.vae.scaling_factor * pipe.vae.encode(x).sample(rng)
-    noise = torch.randn(z0.shape, generator=rng).to(args.device)
     T = pipe.schedule.T
     t = torch.arange(len(x), device=args.device) * T // len(x)           # spread evenly
-    z_t = pipe.schedule.q_sample(z0, t, noise)
-    output = pipe.unet(z_t, t, encode_prompts(pipe, captions))
-    losses = diffusion_loss(pipe.schedule, output, z0, t, noise)
-    for name, loss in loss_by_time(losses, t, T).items():
+    losses = []
+    for rows in torch.arange(len(x)).split(8):                           # as memory allows
+        z0 = pipe.vae.scaling_factor * pipe.vae.encode(x[rows]).sample(rng)
+        noise = torch.randn(z0.shape, generator=rng).to(args.device)
+        z_t = pipe.schedule.q_sample(z0, t[rows], noise)
+        context = encode_prompts(pipe, [captions[i] for i in rows])
+        output = pipe.unet(z_t, t[rows], context)
+        losses.append(diffusion_loss(pipe.schedule, output, z0, t[rows], noise))
+    for name, loss in loss_by_time(torch.cat(losses), t, T).items():
         print(f"loss for {name:17} {loss:.3f}")
 
-    judge = args.text_encoder
-    if judge == "scratch":
-        judge = args.out / "train_state" / "clip"
-    clip, tokenizer = load_clip(judge, args.device)
     ids = tokenize(tokenizer, captions).to(args.device)
     pictures = generate(pipe, captions)
     save_sheet(pictures, 10, args, "eval")
@@ -936,15 +964,16 @@ def main(args):
         args.image_size = pipe.unet.config["sample_size"] * pipe.vae.f
     args.image_size = args.image_size or PRESETS[args.preset]["image_size"]
     data, val = open_data(args)
+    # What --resume compares: the pictures and captions, and not the path to them.
     args.data = f"{len(data)} pictures, captions {zlib.crc32(repr(data.captions).encode())}"
     if RANK == 0:
         print(f"{len(data)} pictures of {args.image_size}x{args.image_size}; {', '.join(stages)} "
               f"on {args.device} in {args.dtype}; the model goes to {args.out}/")
     for stage in stages:
-        torch.manual_seed(args.seed)                           # a stage by itself starts the same
+        torch.manual_seed(args.seed)                 # a stage starts the same, alone or not
         STAGES[stage](pipe, data, val, args)
     if WORLD > 1:
         dist.destroy_process_group()
 
 if __name__ == "__main__":
-    run(main, ARGS)
+    run_command(main, ARGS)

@@ -1,6 +1,6 @@
 """The U-Net: sees a noisy latent, the time and the prompt, and predicts the noise in it.
 
-    eps = unet(z_t (B, 4, h, w), t (B,), context (B, L, D)) -> (B, 4, h, w)
+    eps (or v) = unet(z_t (B, 4, h, w), t (B,), context (B, L, D)) -> (B, 4, h, w)
 
 Why this shape? To tell noise from picture, a network must see the whole scene (is this a sky?) and
 the single pixel (is this grain?). A U-Net walks down to a coarse view and back up, and hands the
@@ -25,7 +25,8 @@ Papers: Ronneberger et al. 2015 (the U); Ho et al. 2020, appendix B (time); Romb
 section 3.3 (text). With v-prediction the same network predicts v instead of eps: see ddpm.py.
 
 Letters: B batch; C channels; h, w latent size; N = h*w pixels as tokens; L text tokens of width D;
-E width of the time embedding. Before this file: vae.py, clip_encoder.py, ddpm.py. Next: sample.py.
+E width of the time embedding; nh attention heads of size hs. Before this file: vae.py,
+clip_encoder.py, ddpm.py. Next: sample.py.
 """
 import math
 import re
@@ -37,10 +38,11 @@ from torch.utils.checkpoint import checkpoint
 # ---- Time ----------------------------------------------------------------------------------------
 
 def timestep_embedding(t, dim):
-    """t (B,) -> (B, dim): cosines and sines of t at dim/2 frequencies, from 1 down to 1/10000.
+    """t (B,) -> (B, dim): cosines and sines of t at dim/2 frequencies, from 1 to near 1/10000.
 
     Like the hands of many clocks: fast ones tell t from t + 1, slow ones tell early from late
-    (Vaswani et al. 2017, section 3.5). The paper puts sines first; published weights, cosines.
+    (Vaswani et al. 2017, section 3.5). DDPM's code puts the sines first; published weights expect
+    the cosines first.
     """
     half = dim // 2
     exponents = torch.arange(half, device=t.device, dtype=torch.float32) / half
@@ -49,7 +51,7 @@ def timestep_embedding(t, dim):
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 class TimestepEmbedding(nn.Module):
-    """Two layers that turn the clock (B, C) into features (B, E) for all residual blocks."""
+    """Two layers: sinusoidal embedding (B, C) -> time embedding (B, E), for all residual blocks."""
 
     def __init__(self, channels, temb_channels):
         super().__init__()
@@ -64,8 +66,9 @@ class TimestepEmbedding(nn.Module):
 class Conv(nn.Conv2d):
     """A 3x3 convolution with stride 1 and padding 1: (B, Cin, h, w) -> (B, Cout, h, w).
 
-    In inference on a CPU, few pixels of many channels go through one matrix product. PyTorch's
-    convolution reorders its weights at every call, which takes longest just there.
+    The same result as nn.Conv2d's; skip it on a first reading. In inference on a CPU, few pixels of
+    many channels go through one matrix product, because PyTorch's convolution reorders its weights
+    at every call, which takes longest just there.
     """
 
     def __init__(self, in_channels, out_channels):
@@ -73,7 +76,7 @@ class Conv(nn.Conv2d):
 
     def forward(self, x):
         B, C, h, w = x.shape
-        few_pixels = 2 * B * h * w <= self.out_channels
+        few_pixels = 2 * B * h * w <= self.out_channels            # found by timing
         if torch.is_grad_enabled() or x.device.type != "cpu" or not few_pixels:
             return super().forward(x)
         patches = F.unfold(x, 3, padding=1)                        # (B, 9*C, h*w): each pixel's
@@ -228,7 +231,10 @@ class SpatialTransformer(nn.Module):
 # ---- Down, middle, up ----------------------------------------------------------------------------
 
 class DownBlock(nn.Module):
-    """One resolution on the way down: (R [T]) for each layer, then halve. heads None: no T."""
+    """One resolution on the way down: (R [T]) for each layer, then halve, but for the coarsest.
+
+    heads None: no transformers. Returns x and the skips.
+    """
 
     def __init__(self, in_channels, out_channels, heads, is_last, config):
         super().__init__()
@@ -271,7 +277,7 @@ class MidBlock(nn.Module):
         return self.resnets[1](x, temb)
 
 class UpBlock(nn.Module):
-    """One resolution on the way up: for each skip join it to x, R [T]; then double."""
+    """One resolution on the way up: join each skip to x, R [T]; double, but for the finest."""
 
     def __init__(self, in_channels, skip_channels, out_channels, heads, is_last, config):
         super().__init__()
@@ -361,7 +367,7 @@ class UNet(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Every block starts as the identity. The first prediction is 0, so eps's loss is 1."""
+        """All residual branches start at 0, and so does the output: the first loss of eps is 1."""
         for module in self.modules():
             if isinstance(module, ResnetBlock):
                 nn.init.zeros_(module.conv2.weight)
@@ -441,9 +447,9 @@ class UNet(nn.Module):
 
     def forward(self, z_t, t, context):
         """z_t (B, 4, h, w), t (B,) in [0, T), context (B, L, D) -> eps or v, (B, 4, h, w)."""
-        # When: features of t, the same for every residual block. Shapes are Stable Diffusion 1.5's.
-        clock = timestep_embedding(t, self.config["block_out_channels"][0])    # (B, 320)
-        temb = self.time_embedding(clock.to(z_t.dtype))            # (B, 1280)
+        # Every residual block reads the same embedding of t. Shapes are Stable Diffusion 1.5's.
+        sinusoids = timestep_embedding(t, self.config["block_out_channels"][0])    # (B, 320)
+        temb = self.time_embedding(sinusoids.to(z_t.dtype))        # (B, 1280)
 
         x = self.conv_in(z_t)                                      # (B,  320, h,   w)
         skips = [x]
@@ -455,7 +461,7 @@ class UNet(nn.Module):
 
         for block in self.up_blocks:                               # (B,  320, h,   w)
             taken = [skips.pop() for _ in block.resnets]           # last in, first out
-            # Not twice this size, but the next skip's: an odd height, halved, would not come back.
+            # Upsample to the next skip's size. Twice this one misses it if an odd size was halved.
             size = skips[-1].shape[2:] if skips else None
             x = self.run_block(block, x, taken, temb, context, size)
 

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-# ---- Leaves: residual block, attention, down- and upsampling -------------------------------------
+# ---- Building blocks -----------------------------------------------------------------------------
 
 class ResnetBlock(nn.Module):
     """x + f(x); f is twice normalize, SiLU, 3x3 convolution. (B, Cin, H, W) -> (B, Cout, H, W)."""
@@ -51,7 +51,10 @@ class ResnetBlock(nn.Module):
         return x + h
 
 class Attention(nn.Module):
-    """Self-attention, one head: each pixel of x (B, C, H, W) is a token. Adds its result to x."""
+    """Self-attention, one head: each pixel of x (B, C, H, W) is a token. Adds its result to x.
+
+    clip_encoder.py explains q, k and v. On a first reading skip this class.
+    """
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -64,17 +67,18 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)         # (B, H*W, C)
+        tokens = tokens[:, None]                                       # (B, 1, H*W, C): one head
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        # softmax(q k^T / sqrt(C)) v, as in clip_encoder.py, but never holding all H*W x H*W scores.
-        y = F.scaled_dot_product_attention(q, k, v)                    # (B, H*W, C)
-        y = self.to_out[0](y).transpose(1, 2).reshape(B, C, H, W)
+        # softmax(q k^T / sqrt(C)) v, but never holding all H*W x H*W scores.
+        y = F.scaled_dot_product_attention(q, k, v)                    # (B, 1, H*W, C)
+        y = self.to_out[0](y).transpose(2, 3).reshape(B, C, H, W)
         return x + y
 
 class Downsample(nn.Module):
     """Halve height and width with a convolution of stride 2.
 
     The published VAE pads the right and bottom edges only; the published U-Net pads all four. There
-    is no deeper reason, but weights fit one way alone: even padding here would shift the picture.
+    is no deeper reason, but weights need the padding that they were trained with.
     """
 
     def __init__(self, channels):
@@ -234,7 +238,7 @@ class VAE(nn.Module):
         block_out_channels=(128, 256, 512, 512),    # width of each level, finest first
         layers_per_block=2,                         # residual blocks a level; the decoder has 3
         norm_num_groups=32,                         # of every GroupNorm
-        scaling_factor=0.18215,                     # 1 / (standard deviation of z), see __init__
+        scaling_factor=0.18215,                     # 1 / (standard deviation of z)
         use_quant_conv=True,                        # a 1x1 convolution on the moments
         use_post_quant_conv=True,                   # a 1x1 convolution on z
     )
@@ -248,7 +252,8 @@ class VAE(nn.Module):
         groups = self.config["norm_num_groups"]
         self.f = 2 ** (len(widths) - 1)
         # The KL pulls too weakly to give z unit variance. Diffusion works on scaling_factor * z,
-        # which has it: there the latents are as large as the noise.
+        # which has it: there the latents are as large as the noise. train.py measures the factor
+        # (save_vae); 0.18215 is the published VAE's.
         self.scaling_factor = self.config["scaling_factor"]
         self.encoder = Encoder(self.config["in_channels"], Z, widths, layers, groups)
         self.decoder = Decoder(self.config["out_channels"], Z, widths, layers, groups)
@@ -256,7 +261,8 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Identity()
         if self.config["use_quant_conv"]:
             self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1)
-            # Start with sigma near exp(-8/2) = 0.02. From sigma = 1 a channel may stay noise.
+            # Start with sigma near exp(-8/2) = 0.02. From sigma = 1, a channel of z may drown in
+            # noise and never learn to carry anything.
             nn.init.constant_(self.quant_conv.bias[Z:], -8.0)
         if self.config["use_post_quant_conv"]:
             self.post_quant_conv = nn.Conv2d(Z, Z, 1)
@@ -278,12 +284,12 @@ class VAE(nn.Module):
             latents_mean=None,
         )
         for key, value in required.items():
-            if config.get(key, value) != value:
+            if config.get(key) not in (None, value):
                 raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
         for kind in [*config.get("down_block_types", []), *config.get("up_block_types", [])]:
             if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
                 raise ValueError(f"down_block_types, up_block_types: {kind!r} is not supported")
-        config = {"block_out_channels": (64,), "layers_per_block": 1, **config}    # diffusers' own
+        config = {"block_out_channels": (64,), "layers_per_block": 1, **config}    # as in diffusers
         return cls(**{key: config[key] for key in cls.DEFAULTS if key in config})
 
     def to_config(self):
@@ -309,7 +315,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, x, noise=None):
-        """Pictures x -> redrawn from a sample of their latents (B, 3, H, W), and q (vae_loss)."""
+        """Pictures x -> x' redrawn from a sample of their latents (B, 3, H, W), and q."""
         q = self.encode(x)
         z = q.sample(noise=noise)
         return self.decode(z), q
@@ -332,11 +338,12 @@ def vae_loss(vae, x, noise=None, kl_weight=3e-5):
     First term: redraw the picture from its latents. With p(x|z) = N(x; decode(z), s^2 I) it is
     -|x - x'|^2 / (2 s^2) plus a constant. Second term: keep q near the prior p(z) = N(0, I).
     Multiply -ELBO by 2 s^2 and divide by the number of pixel values: the mean squared error, plus a
-    small multiple of the KL. s is hidden in kl_weight. A larger one makes latents smoother and
-    pictures blurrier.
+    small multiple of the KL. So kl_weight = 2 s^2 * (numbers in z) / (numbers in x). A larger
+    kl_weight makes latents smoother and pictures blurrier.
 
-    noise (B, Z, h, w) is that of the sample z. kl is in nats per latent number. The published VAE
-    adds a perceptual and an adversarial loss (Esser et al. 2021), which need further networks.
+    noise (B, Z, h, w) is that of z = mean + sigma * noise, drawn if None. kl is in nats per latent
+    number. The published VAE adds a perceptual and an adversarial loss (Esser et al. 2021), which
+    need further networks. vae may be wrapped in DistributedDataParallel.
     """
     x_rec, q = vae(x, noise)
     mse = F.mse_loss(x_rec.float(), x.float())
