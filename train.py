@@ -178,7 +178,7 @@ def parse_args():
         if type(value) in (int, float):
             least = 0 if name in ("min_snr", "workers", "seed") else 1e-9
             if not least <= value < 1e9:
-                p.error(f"argument {flag}: {value} is too small or too large")
+                p.error(f"argument {flag}: {value} should be above 0, and below 1e9")
     if args.image_size and args.image_size % 16:
         p.error(f"argument --image-size: {args.image_size} is not a multiple of 16")
     args.out = Path(args.out)
