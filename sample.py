@@ -45,7 +45,11 @@ def parse_args():
     p.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     p.add_argument("--compile", action="store_true", help="torch.compile the U-Net")
     p.error = lambda message: p.exit(2, f"sample.py: {' '.join(message.split())}\n")
-    return p.parse_intermixed_args()
+    args = p.parse_intermixed_args()
+    for name in ("model", "tokenizer", "init_image", "mask", "output"):
+        if getattr(args, name) == "":
+            p.error(f"argument --{name.replace('_', '-')}: expected a name, not nothing")
+    return args
 
 if __name__ == "__main__":
     ARGS = parse_args()               # before the slow imports, so that --help answers at once
@@ -58,6 +62,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,11 +182,14 @@ BOOKKEEPING = (
 def read_weights(path):
     """A .safetensors, .ckpt or .bin -> {name: tensor}. ValueError names the file."""
     with naming(f"{path}: no weights, or code among them; refused"):
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([(Inert, name) for name in BOOKKEEPING]):
+        allowed = [(Inert, name) for name in BOOKKEEPING]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.simplefilter("ignore")                    # torch's, of pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
-        return state.get("state_dict", state)
+        state = state.get("state_dict", state)
+        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 # ---- Load: build the models ----------------------------------------------------------------------
 
@@ -358,6 +366,12 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder)
         if path.is_file() and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.add_special_tokens({"pad_token": "!"})      # as Stable Diffusion 2's
+    if pipe.unet and pipe.vae:
+        latents = (pipe.unet.config["out_channels"], pipe.vae.config["latent_channels"])
+        colors = (pipe.vae.config["in_channels"], pipe.vae.config["out_channels"])
+        if (latents, colors) != ((4, 4), (3, 3)):
+            raise ValueError(f"{model}: the U-Net's out_channels and the VAE's latent_channels "
+                             "should be 4, the VAE's in_channels and out_channels 3")
     if pipe.unet and pipe.text_encoder:
         width = pipe.text_encoder.config["hidden_size"]
         config = pipe.unet.config
@@ -492,7 +506,7 @@ def prepare_edit(pipe, init_image, mask_image, h, w):
     if not mask_image:
         return x, None
     if abs(mask_image.width / mask_image.height - init_image.width / init_image.height) > 0.02:
-        raise ValueError("--mask and --init-image should have the same shape")
+        raise ValueError("--mask and --init-image should have the same proportions")
     redraw = picture_to_tensor(mask_image.convert("L"), height, width)[:, :1] > 0
     return x, redraw.float().to(pipe.device)
 
@@ -506,9 +520,11 @@ def start_edit(pipe, x, redraw, strength, context, guidance, times, randn):
     inpainting_model = pipe.unet.config["in_channels"] == 9
     # The order of the random numbers is diffusers': from the same seed it draws the same picture.
     z = randn()
-    if strength < 1 or not inpainting_model:                   # else it starts from pure noise
+    if strength < 1 or not inpainting_model:                   # inpainting at 1: from pure noise
         z0 = encode_picture(pipe, x, z)
-        z = pipe.schedule.q_sample(z0, times[0][0], randn())   # as noisy as the first step wants
+        z = randn()
+        if strength < 1 or redraw is None:                     # as noisy as the first step wants
+            z = pipe.schedule.q_sample(z0, times[0][0], z)
     if inpainting_model:                                       # it sees the mask and what is kept
         mask = F.interpolate(redraw, z.shape[2:]).repeat(len(z), 1, 1, 1)      # (B, 1, h, w)
         kept = encode_picture(pipe, x * (1 - redraw), randn())                 # (B, 4, h, w)
@@ -697,6 +713,8 @@ def png_info(args, k, picture):
         f"Seed: {args.seed + k}, Size: {picture.width}x{picture.height}, "
         f"Model: {Path(args.model).name}"
     )
+    if args.init_image:
+        text += f", Denoising strength: {args.strength}"
     info = PngImagePlugin.PngInfo()
     info.add_itxt("parameters", to_text(text))
     return info
@@ -712,7 +730,7 @@ def main(args):
     mask_image = open_picture(args.mask, "black") if args.mask else None
     if args.model is None:                         # what was trained here, else what comes with it
         box = Path(__file__).parent / "assets/model"
-        args.model = "out" if Path("out/unet").is_dir() else box
+        args.model = box if box.is_dir() and not Path("out/unet").is_dir() else "out"
     device, dtype = pick_device(args.device, args.dtype)
     pipe = load_pipeline(args.model, device, dtype, args.tokenizer,
                          prediction_type=args.prediction_type)

@@ -206,7 +206,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from clip_encoder import CLIP, CLIPTextEncoder, contrastive_loss, tokenize, train_tokenizer
+from clip_encoder import (CLIP, CLIPTextEncoder, contrastive_loss, to_text, tokenize,
+                          train_tokenizer)
 from ddpm import NoiseSchedule, diffusion_loss
 from sample import (PARTS, Pipeline, encode_prompts, filling, generate, grid, load_clip,
                     load_pipeline, naming, open_picture, pick_device, picture_to_tensor,
@@ -243,8 +244,10 @@ class ImageFolder(Dataset):
         if max_images and max_images < len(names):
             names = [names[k * len(names) // max_images] for k in range(max_images)]
         table = self.read_metadata()
+        if table and not set(table) & set(self.find_pictures()):
+            raise ValueError(f"--data {root}: no file_name of its metadata is a picture in it")
         self.names = names
-        self.captions = [table.get(name) or self.read_caption(name) for name in names]
+        self.captions = [to_text(table.get(name) or self.read_caption(name)) for name in names]
         self.mirrored_from = len(names)
         if flip:
             self.names *= 2
@@ -285,8 +288,10 @@ class ImageFolder(Dataset):
         """What is said of a picture beside it, or by its folder's name, or by its own."""
         path = self.root / name
         for ending in (".txt", ".caption"):
-            if path.with_suffix(ending).is_file():
-                return path.with_suffix(ending).read_text(encoding="utf-8-sig").strip()
+            beside = path.with_suffix(ending)
+            if beside.is_file():
+                with naming(f"{beside}: should be text in UTF-8"):
+                    return beside.read_text(encoding="utf-8-sig").strip()
         words = Path(name).parent.name or path.stem
         return words.replace("_", " ").replace("-", " ")
 
@@ -584,16 +589,18 @@ class Training:
         """Go on from OUT/train_state/STAGE.pt. ValueError names settings that are not the same."""
         with naming(f"--resume: {self.path} cannot be read; remove it"):
             state = torch.load(self.path, map_location=self.args.device, weights_only=True)
+            settings = dict(state["settings"])
         for name, now in self.settings().items():
-            before = state["settings"].get(name)
+            before = settings.get(name)
             if now != before:
                 raise ValueError(f"--resume: --{name.replace('_', '-')} was {before}, is now {now}")
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.scaler.load_state_dict(state["scaler"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        with naming(f"--resume: {self.path} does not fit; remove it"):
+            self.step = state["step"]
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.scaler.load_state_dict(state["scaler"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
 
 def stage_steps(stage, args):
     """--stage all --steps N counts the U-Net's steps; the other stages follow in proportion."""
@@ -830,8 +837,16 @@ def encode_pictures(pipe, data, args):
     return moments, [data.captions[i] for i in caption_of]
 
 def shared_tensor(path, dtype, *shape):
-    """A tensor in a file that all processes share. Unlinked at once, the file ends with them."""
-    tensor = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+    """A tensor in a file that all processes share. Unlinked at once, the file ends with them.
+
+    ValueError where the disk has no room for it.
+    """
+    size = math.prod(shape)
+    if RANK == 0 and hasattr(os, "posix_fallocate"):           # a sparse file may fail later on
+        with naming(f"{path}: cannot be written, or the disk is full"), open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+    barrier()
+    tensor = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
     barrier()
     if RANK == 0 and os.name != "nt":                          # Windows keeps open files
         path.unlink()
@@ -848,6 +863,7 @@ def evaluate(pipe, data, val, args):
     clip, tokenizer = load_clip(judge, args.device)
     x = load_examples(val, 100, args)
     captions = val.captions[:len(x)]
+    print(f"pictures                   {len(x)}")
     print(f"PSNR of reconstructions    {psnr(pipe.vae, x):.1f} dB")
 
     rng = torch.Generator().manual_seed(0)

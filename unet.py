@@ -414,7 +414,10 @@ class UNet(nn.Module):
             if config.get(key) not in (None, value):
                 raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
 
-        unet = {**cls.DEFAULTS, "cross_attention_dim": 1280, **config}         # as in diffusers
+        given = {key: value for key, value in config.items() if value is not None}
+        unet = {**cls.DEFAULTS, "cross_attention_dim": 1280, **given}          # as in diffusers
+        if not isinstance(unet["sample_size"], int):
+            raise ValueError(f"sample_size = {unet['sample_size']!r} is not a whole number")
         kinds = unet["down_block_types"]
         if not set(kinds) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
             raise ValueError("down_block_types: only CrossAttnDownBlock2D and DownBlock2D")

@@ -265,7 +265,7 @@ def save_picture(args, index):
 
 def main():
     p = argparse.ArgumentParser(description="Draw landscapes, with captions, into a folder.")
-    p.error = lambda message: p.exit(2, f"landscapes.py: {message}\n")
+    p.error = lambda message: p.exit(2, f"landscapes.py: {' '.join(message.split())}\n")
     out = Path(__file__).parent / "landscapes"
     p.add_argument("--out", type=Path, default=out, help="folder (%(default)s)")
     p.add_argument("--size", type=int, default=128, help="width and height (%(default)s pixels)")
@@ -274,8 +274,8 @@ def main():
     p.add_argument("--seed", type=int, default=0, help="each draws other scenes (%(default)s)")
     p.add_argument("--workers", type=int, default=8, help="processes (%(default)s)")
     args = p.parse_args()
-    if args.size < 16 or min(args.count, args.workers) < 1:
-        p.error("--size should be at least 16, --count and --workers at least 1")
+    if not 16 <= args.size <= 8192 or min(args.count, args.workers) < 1:
+        p.error("--size should be 16 to 8192, --count and --workers at least 1")
     metadata = args.out / "metadata.jsonl"
     if metadata.exists():
         p.error(f"{metadata} is there already: remove {args.out} or name another --out")
