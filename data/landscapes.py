@@ -264,6 +264,7 @@ def save_picture(args, index):
     return json.dumps(line) + "\n"
 
 def main():
+    """Draw the pictures that the command line asks for, and then write metadata.jsonl."""
     p = argparse.ArgumentParser(description="Draw landscapes, with captions, into a folder.")
     p.error = lambda message: p.exit(2, f"landscapes.py: {' '.join(message.split())}\n")
     out = Path(__file__).parent / "landscapes"
