@@ -1261,6 +1261,7 @@ def test_open_picture_reads_every_kind(tmp_path):
         ("palette.png", flag.convert("P"), (255, 0, 0), (0, 0, 255)),
         ("cmyk.jpg", flag.convert("CMYK"), (255, 0, 0), (0, 0, 255)),
         ("layer.png", layer, (255, 0, 0), (255, 255, 255)),
+        ("clear.png", layer.quantize(), (255, 0, 0), (255, 255, 255)),     # a palette with alpha
         ("deep.png", deep, (156, 156, 156), (156, 156, 156)),
     ):
         picture.save(tmp_path / name)
