@@ -5,7 +5,7 @@
 
 The whole of it in five lines. `generate` below is the same at length.
 
-    context = text_encoder(tokenize(["", prompt]))       without the prompt, and with it  (2, L, D)
+    context = text_encoder(tokenize([prompt, ""]))       with the prompt, and without it  (2, L, D)
     z = randn(1, 4, H/f, W/f)                            start from pure noise
     for t, t_prev in times:                              from noisy to clean
         z = step(z, guide(*unet(z, t, context), w))      one line of a sampler in ddpm.py
@@ -728,7 +728,7 @@ def main(args):
                          "that can be written to")
     init_image = open_picture(args.init_image) if args.init_image else None
     mask_image = open_picture(args.mask, "black") if args.mask else None
-    if args.model is None:                         # what was trained here, else what comes with it
+    if args.model is None:                         # trained here, else assets/model, if it is there
         box = Path(__file__).parent / "assets/model"
         args.model = box if box.is_dir() and not Path("out/unet").is_dir() else "out"
     device, dtype = pick_device(args.device, args.dtype)

@@ -372,9 +372,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(G):
     """A matrix with the singular vectors of G (M, N) and singular values near 1.
 
-    Five rounds of Newton-Schulz, X <- a X + b (X X^T) X + c (X X^T)^2 X, take every singular value
-    s in (0, 1] to a s + b s^3 + c s^5, closer to 1. As X X^T is small, it is carried along instead
-    of X: X <- M X with M = a I + b A + c A^2 means A = X X^T <- M A M.
+    Each of five rounds of Newton-Schulz, X <- a X + b (X X^T) X + c (X X^T)^2 X, takes a singular
+    value s to a s + b s^3 + c s^5. Small ones grow fast, and all end between 0.7 and 1.2. As X X^T
+    is small, it is carried along instead of X: X <- M X with M = a I + b A + c A^2 means
+    A = X X^T <- M A M.
     """
     if G.size(0) > G.size(1):
         return orthogonalize(G.T).T
@@ -391,8 +392,8 @@ def orthogonalize(G):
 
 def make_optimizers(model, fine_tune):
     """[Muon, AdamW] for a model that starts from nothing; [AdamW] alone to fine-tune."""
-    # Muon takes the matrices inside. Biases, norms, embeddings and the first and last convolution
-    # are no maps between features.
+    # Muon takes the matrices inside. AdamW takes biases, norms, embeddings, the two layers of the
+    # time embedding, and the first and last convolution.
     matrices, others = [], []
     for name, p in model.named_parameters():
         outer = p.dim() < 2 or re.search("embedding|conv_in|conv_out", name)
