@@ -297,7 +297,7 @@ def dpmpp(schedule, model, x, times, randn):
         if t_prev < 0:                                         # lambda is infinite: the step ends
             x = x0                                             # at x_0
         else:
-            a, s, lam = a_s_lambda(schedule, t)
+            _, s, lam = a_s_lambda(schedule, t)
             a_prev, s_prev, lam_prev = a_s_lambda(schedule, t_prev)
             h = lam_prev - lam
             D = x0

@@ -236,6 +236,9 @@ class ImageFolder(Dataset):
         names = self.find_pictures()
         if not names:
             raise ValueError(f"--data {root}: no such folder, or no pictures (.png, .jpg) in it")
+        table = self.read_metadata()
+        if table and not set(table) & set(names):
+            raise ValueError(f"--data {root}: no file_name of its metadata is a picture in it")
         if len(names) >= 20:                         # else too few to spare any
             if split == "val":
                 names = names[10::20]
@@ -243,9 +246,6 @@ class ImageFolder(Dataset):
                 del names[10::20]
         if max_images and max_images < len(names):
             names = [names[k * len(names) // max_images] for k in range(max_images)]
-        table = self.read_metadata()
-        if table and not set(table) & set(self.find_pictures()):
-            raise ValueError(f"--data {root}: no file_name of its metadata is a picture in it")
         self.names = names
         self.captions = [to_text(table.get(name) or self.read_caption(name)) for name in names]
         self.mirrored_from = len(names)
@@ -498,14 +498,14 @@ class Training:
         return torch.Generator().manual_seed(seed)
 
     def batch_order(self, n):
-        """The indices of each part of each batch that is left, for a DataLoader."""
+        """The indices of each micro-batch that is left, for a DataLoader."""
         for step in range(self.step, self.steps):
             indices = batch_indices(n, self.batch_size, step, self.args.seed)
             for rows in self.micro_batches:
                 yield indices[rows].tolist()
 
     def batches(self, data):
-        """Pictures and captions for each part of each batch that is left: (b, 3, S, S), [str]."""
+        """Pictures and captions for each micro-batch that is left: (b, 3, S, S), [str]."""
         return iter(DataLoader(
             data,
             batch_sampler=self.batch_order(len(data)),
