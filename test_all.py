@@ -4,8 +4,7 @@
     python test_all.py -k samplers          those with a word in their name
 
 Tests check mathematics, or compare with what others wrote (diffusers, transformers, PyTorch). First
-come helpers and fixtures, then the tests in the order of the rooms: published formats; vae.py;
-clip_encoder.py; ddpm.py; unet.py; sample.py; data/landscapes.py; train.py; README.md.
+come helpers and fixtures, then published formats, then the files in their reading order.
 """
 import contextlib
 import functools
@@ -116,9 +115,8 @@ SMALL_VAE = dict(
 SMALL_TEXT = dict(
     TEXT_15, hidden_size=24, intermediate_size=40, num_attention_heads=3, num_hidden_layers=2,
     vocab_size=600, max_position_embeddings=20, bos_token_id=598, eos_token_id=599)
-SMALL_VISION = dict(
-    hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-    patch_size=4)
+SMALL_VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, patch_size=4,
+                    num_attention_heads=4, image_size=16)
 BETAS = ["linear", "scaled_linear", "squaredcos_cap_v2"]
 SPACINGS = [None, "leading", "trailing", "linspace"]
 SCHEDULERS = dict(ddpm=diffusers.DDPMScheduler, ddim=diffusers.DDIMScheduler,
@@ -734,7 +732,7 @@ def test_clip_identical_captions_do_not_compete():
         terms += [-logits.log_softmax(dim=1)[0, 0], -logits.log_softmax(dim=0)[0, 0]]
     assert loss.item() == pytest.approx(torch.stack(terms).mean().item(), rel=1e-5)
 
-# ---- ddpm.py: forward process, posterior, loss, guidance -----------------------------------------
+# ---- ddpm.py -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", BETAS)
 def test_schedule_many_small_steps_equal_the_closed_form(kind):
@@ -827,8 +825,6 @@ def test_guidance_is_the_gradient_of_log_p_x_and_w_log_p_c_given_x(w):
         uncond = (log_joint.softmax(dim=1) * each).sum(dim=1)      # E[eps | x_t]
         guided = guide(each[:, 1], uncond, w)
         assert relative(guided, -((1 - abar) ** 0.5) * gradient[:, 0]) < 1e-6
-
-# ---- ddpm.py: samplers ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -1258,12 +1254,11 @@ def test_open_picture_reads_every_kind(tmp_path):
     exif[0x0112] = 6                                               # to be turned clockwise
     deep = Image.fromarray(np.full((20, 40), 40000, np.uint16))
     for name, picture, left, right in (
-        ("palette.png", flag.convert("P"), (255, 0, 0), (0, 0, 255)),
-        ("cmyk.jpg", flag.convert("CMYK"), (255, 0, 0), (0, 0, 255)),
-        ("layer.png", layer, (255, 0, 0), (255, 255, 255)),
-        ("clear.png", layer.quantize(), (255, 0, 0), (255, 255, 255)),     # a palette with alpha
-        ("deep.png", deep, (156, 156, 156), (156, 156, 156)),
-    ):
+            ("palette.png", flag.convert("P"), (255, 0, 0), (0, 0, 255)),
+            ("cmyk.jpg", flag.convert("CMYK"), (255, 0, 0), (0, 0, 255)),
+            ("layer.png", layer, (255, 0, 0), (255, 255, 255)),
+            ("clear.png", layer.quantize(), (255, 0, 0), (255, 255, 255)),     # palette with alpha
+            ("deep.png", deep, (156, 156, 156), (156, 156, 156))):
         picture.save(tmp_path / name)
         opened = sample.open_picture(tmp_path / name)
         assert opened.mode == "RGB" and opened.size == (40, 20), name
@@ -1399,7 +1394,7 @@ def test_landscapes_same_index_is_the_same_scene_at_any_count_workers_and_size(t
     for name in [line["file_name"] for line in large]:
         assert (tmp_path / "few" / name).read_bytes() == (pictures / name).read_bytes()
         halved = Image.open(tmp_path / "large" / name).reduce(2)
-        assert np.abs(pixels(Image.open(pictures / name)) - pixels(halved)).mean() < 4
+        assert np.abs(pixels(Image.open(pictures / name)) - pixels(halved)).mean() < 6
 
 def scenes(split, count=1500):
     return [landscapes.scene(index, split) for index in range(count)]
@@ -1533,8 +1528,9 @@ def test_image_folder_replaces_a_broken_picture_and_logs_it_once(tmp_path, capsy
 def walk(optimizer, shape, **settings):
     """Where an optimizer takes a parameter in six steps down a random slope -> (6, O, I)."""
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.zeros(shape))
-    optimizer = optimizer([p], lr=0.1, **settings)
+    p, other = (torch.nn.Parameter(torch.zeros(shape)) for _ in range(2))
+    other.grad = torch.ones(shape)
+    optimizer = optimizer([p, other], lr=0.1, **settings)
     slope = torch.randn(shape, generator=generator)
     path = []
     for _ in range(6):
@@ -1554,12 +1550,12 @@ def test_muon_equals_torchs_muon_and_takes_a_convolution_as_a_matrix(shape):
 def test_muon_gets_the_matrices_inside_and_fine_tuning_is_adamw_alone():
     text = dict(CLIPTextEncoder.DEFAULTS, **TOWER, vocab_size=600)
     for model in (VAE(**MINI["vae"]), UNet(**MINI["unet"]), CLIP(text, MINI["vision"], 16)):
-        inner, every = [], list(model.parameters())
-        for name, p in model.named_parameters():
-            if p.dim() > 1 and not re.search("embedding|conv_in|conv_out", name):
-                inner.append(id(p))
+        every = list(model.parameters())
+        inner = [id(p) for name, p in model.named_parameters()
+                 if p.dim() > 1 and not re.search("embedding|conv_in|conv_out", name)]
         adamw, muon = train.make_optimizers(model, fine_tune=False)
-        assert list(map(id, muon.param_groups[0]["params"])) == inner
+        stacks = [group["params"] for group in muon.param_groups]
+        assert sorted(id(p) for stack in stacks for p in stack) == sorted(inner)
         assert len(adamw.param_groups[0]["params"]) == len(every) - len(inner)
         only, = train.make_optimizers(model, fine_tune=True)
         assert len(only.param_groups[0]["params"]) == len(every)
@@ -1621,7 +1617,8 @@ def test_unet_learns_by_algorithm_1(trained, begin, monkeypatch, learn, pictures
     z0, t_again, noise = map(torch.cat, zip(*targets))
     assert len(t) == 256 and torch.equal(t, t_again)
     assert torch.allclose(z_t, NoiseSchedule().q_sample(z0, t, noise), atol=1e-5)
-    assert 450 < t.float().mean() < 550 and t.min() < 20 and t.max() > 980
+    spread = t.view(8, 32).sort(dim=1).values - 31.25 * torch.arange(32)
+    assert -1 < spread.min() < 1 and 30 < spread.max() <= 31.25    # one from each 32nd of all
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     pipe, data = load_pipeline(trained), ImageFolder(pictures, 32)
     assert z0.std() * pipe.vae.scaling_factor == pytest.approx(3, rel=0.1)
@@ -1985,6 +1982,8 @@ def test_readme_commands_parse_and_its_flags_exist(monkeypatch):
 def test_readme_python_blocks_run(trained, tmp_path, monkeypatch):
     """From a model of a few steps, in two steps a picture."""
     copy(trained, tmp_path / "out")
+    for step in (100, 300, 600, 900):
+        Image.new("RGB", (64, 16)).save(tmp_path / f"out/samples/unet-{step:06d}.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "generate", functools.partial(generate, steps=2, progress=False))
     cls = diffusers.StableDiffusionPipeline

@@ -27,13 +27,13 @@ from PIL import Image, ImageColor, ImageDraw, ImageOps
 from tqdm import tqdm
 
 # Skies, and their colors: at the top, at the horizon, of the sun or moon, of clouds, and of the
-# shadow over the land; then the part of the land's own color that remains in it (0 to 1).
+# shadow that tints the land.
 SKIES = {
-    "day":    ("#3a8ee0", "#d4eef8", "#fff0a0", "#ffffff", "#305080", 1.0),
-    "dawn":   ("#8098dc", "#ffccc0", "#fff6e0", "#fff0f0", "#904c78", 0.75),
-    "sunset": ("#5c2f80", "#ff9650", "#ffe070", "#ffbe98", "#3c1440", 0.6),
-    "night":  ("#0b1030", "#5470b8", "#f6f2dc", "#7c8cc4", "#080c28", 0.4),
-    "storm":  ("#454d5c", "#a4acb8", "#ffffff", "#2c303c", "#262c38", 0.5),
+    "day":    ("#3a8ee0", "#d4eef8", "#fff0a0", "#ffffff", "#a0b8a8"),
+    "dawn":   ("#8098dc", "#ffccc0", "#fff6e0", "#fff0f0", "#a06080"),
+    "sunset": ("#5c2f80", "#ff8456", "#ffe070", "#ffbe98", "#402038"),
+    "night":  ("#0b1030", "#5470b8", "#f6f2dc", "#7c8cc4", "#000018"),
+    "storm":  ("#454d5c", "#a4acb8", "#ffffff", "#2c303c", "#202428"),
 }
 
 # Lands: three rows of a shape, how many in a row, about how tall (1: the picture), their color.
@@ -41,7 +41,7 @@ LANDS = {
     "mountains": ("peak", 4, 0.19, "#56688e"),
     "hills":     ("hill", 3, 0.13, "#4c9c4c"),
     "dunes":     ("dune", 3, 0.13, "#e09c50"),
-    "forest":    ("fir", 8, 0.26, "#1c5040"),
+    "forest":    ("fir", 7, 0.28, "#24594a"),
 }
 
 # "train" and "val" show the other 16 pairs: every sky and every land in three or more.
@@ -102,21 +102,24 @@ SHAPES = {
         ("#ffffff", ".6 .8  .85 .8  1.1 .55  1.35 .8  1.6 .8  1.1 .2")],
     "peak": [
         ("body", "-1.2 0  0 1  1.2 0"),
+        ("snow", "-.54 .55  0 1  .54 .55  .36 .47  .18 .6  -.08 .45  -.3 .6"),
         (SHADE, "0 1  .3 0  1.2 0")],
     "hill": [
         ("body", "-3.5 0  -3.1 .03  -2.8 .1  -2.4 .22  -2.1 .35  -1.7 .52  -1.4 .66  -1 .81  "
                  "-.7 .91  -.35 .98  0 1  .35 .98  .7 .91  1 .81  1.4 .66  1.7 .52  2.1 .35  "
-                 "2.4 .22  2.8 .1  3.1 .03  3.5 0")],
+                 "2.4 .22  2.8 .1  3.1 .03  3.5 0"),
+        ("snow", "-1.7 .52  -1.4 .66  -1 .81  -.7 .91  -.35 .98  0 1  .35 .98  .7 .91  1 .81  "
+                 "1.4 .66  1.7 .52  1.1 .55  .6 .4  0 .5  -.6 .4  -1.1 .55")],
     "dune": [
         ("body", "-3 0  -2.5 .06  -2 .18  -1.5 .38  -1 .63  -.5 .85  0 1  .3 .72  .7 .4  "
                  "1.2 .14  1.8 0"),
+        ("snow", "-1.5 .38  -1 .63  -.5 .85  0 1  .3 .72  .7 .4  0 .5  -.6 .36"),
         (SHADE, "0 1  .3 .72  .7 .4  1.2 .14  1.8 0  .4 0  0 .15  -.1 .3  0 .45  .2 .6  .2 .75")],
     "fir": [
         ("#3a2a22", "-.03 0  -.03 .12  .03 .12  .03 0"),
-        ("body", "-.27 .1  -.13 .38  -.21 .38  -.1 .66  -.16 .66  0 1  .16 .66  .1 .66  .21 .38  "
-                 ".13 .38  .27 .1"),
-        ("snow", "-.16 .66  0 1  .16 .66"),
-        (SHADE, "0 .1  0 1  .16 .66  .1 .66  .21 .38  .13 .38  .27 .1")],
+        ("body", "-.27 .1  -.11 .5  -.2 .5  0 1  .2 .5  .11 .5  .27 .1"),
+        ("snow", "-.12 .7  0 1  .12 .7"),
+        (SHADE, "0 .1  0 1  .2 .5  .11 .5  .27 .1")],
     "cabin": [
         ("#8a4e34", "-.45 0  -.45 .55  .45 .55  .45 0"),
         ("#4a2a24", "-.6 .5  0 1  .6 .5"),
@@ -127,18 +130,30 @@ SHAPES = {
         ("#b03028", "-.5 .2  .55 .2  .35 0  -.3 0")],
 }
 
+# Where the stars stand, as in SHAPES but with y down: nearly the same place every night.
+STARS = (".04 .06  .09 .25  .13 .12  .17 .37  .23 .05  .27 .2  .31 .32  .36 .1  .41 .24  .44 .04  "
+         ".49 .35  .55 .09  .58 .22  .63 .03  .66 .3  .72 .14  .76 .38  .82 .07  .85 .24  .91 .15  "
+         ".94 .33  .97 .04")
+
 def mix(a, b, share):
     """The color a for share 0, b for share 1; colors are "#rrggbb"."""
     pairs = zip(ImageColor.getrgb(a), ImageColor.getrgb(b))
     return "#%02x%02x%02x" % tuple(round(x + share * (y - x)) for x, y in pairs)
+
+def vary(rng, color):
+    """The color with a little of any other in it: no two skies or lands are quite alike."""
+    return mix(color, f"#{rng.randrange(2**24):06x}", 0.15)
+
+def points(text):
+    """Numbers "x y  x y  ..." as an array (N, 2)."""
+    return np.fromstring(text, sep=" ").reshape(-1, 2)
 
 def paint(image, name, x, y, size, body=None, snow=None):
     """Paint one of SHAPES, its foot at (x, y); x, y and `size`, its unit, are in image widths."""
     pen = ImageDraw.Draw(image, "RGBA")
     colors = {"body": body, "snow": snow}
     for color, outline in SHAPES[name]:
-        points = np.fromstring(outline, sep=" ").reshape(-1, 2)
-        corners = image.width * ((x, y) + points * (size, -size))
+        corners = image.width * ((x, y) + points(outline) * (size, -size))
         pen.polygon(corners.ravel().tolist(), colors.get(color, color))
 
 def fade(image, y, height, color):
@@ -150,8 +165,10 @@ def draw(scene, size):
     """A scene that `scene` has chosen, as an RGB image of size x size pixels."""
     rng = random.Random("drawing " + scene["key"])
     extras = scene["extras"]
-    top, horizon, disc, cloud, shadow, light = SKIES[scene["sky"]]
+    top, horizon, disc, cloud, shadow = SKIES[scene["sky"]]
     shape, count, height, color = LANDS[scene["land"]]
+    top, horizon, color = vary(rng, top), vary(rng, horizon), vary(rng, color)
+    between = mix(top, horizon, 0.5)    # the color of water, and of snow far away
     # Twice the size; in the end each pixel is the mean of four, so that edges are smooth.
     width = 2 * size
     image = Image.new("RGB", (width, width), top)
@@ -159,8 +176,10 @@ def draw(scene, size):
     # The sky, and all that is in it.
     fade(image, 0, 0.58, horizon)
     if scene["sky"] == "night":
-        for _ in range(20):
-            paint(image, "disc", rng.random(), rng.uniform(0.02, 0.42), 0.01, "#f0f0f8")
+        for x, y in points(STARS):
+            x += rng.uniform(-0.015, 0.015)
+            y += rng.uniform(-0.015, 0.015)
+            paint(image, "disc", x, y, 0.01, "#f0f0f8")
     disc_x = PLACES[scene["place"]] + rng.uniform(-0.05, 0.05)
     disc_y = rng.uniform(0.16, 0.22)
     for radius, opacity in ((0.132, "60"), (0.102, "60"), (0.073, "ff")):    # two rings of light
@@ -172,21 +191,19 @@ def draw(scene, size):
             if abs(x - disc_x) > 0.32:    # a cloud never hides the sun
                 paint(image, "cloud", x, y, 0.115, cloud)
     if "birds" in extras:
-        paint(image, "birds", (disc_x + 0.33) % 1, 0.22, 0.09)    # beside the sun
+        paint(image, "birds", (disc_x + 0.35) % 1, 0.2, 0.115)    # beside the sun
 
     # Three rows of the land's shapes, and the ground below each. Far ones are like the sky.
     distance = 0.07 if "lake" in extras else 0.14
     snow = "#00000000"    # clear
     for row in range(3):
         base = 0.58 + distance * row
-        share = 0.4 + 0.27 * row
+        share = 0.55 + 0.2 * row
         if "mist" in extras:
             fade(image, base - 0.2, 0.2, mix(horizon, "#ffffff", 0.3))
-        body = mix(horizon, mix(shadow, color, light), share)
+        body = mix(horizon, mix(shadow, color, 0.7), share)
         if "snow" in extras:
-            snow = mix(horizon, mix(shadow, "#ffffff", 0.9), share)
-            if shape != "fir":
-                body = snow
+            snow = mix(between, "#ffffff", share) + "c0"
         for i in range(count):
             x = (i + rng.uniform(-0.25, 0.25)) / (count - 1)
             paint(image, shape, x, base + 0.02, height * rng.uniform(0.75, 1.1), body, snow)
@@ -196,13 +213,13 @@ def draw(scene, size):
         shore = round(0.74 * width)
         above = image.crop((0, 0, width, shore))
         image.paste(ImageOps.flip(above), (0, shore))
-        paint(image, "ground", 0, 0.74, 1, mix(top, horizon, 0.5) + "80")
-        paint(image, "hill", 0.5, 1.2, 0.3, body)
+        paint(image, "ground", 0, 0.74, 1, between + "80")
+        paint(image, "hill", 0.5, 1.2, 0.3, body, snow)
     if "boat" in extras:
         paint(image, "boat", 0.5, 0.87, 0.2)
-    side = rng.choice([0, 1])    # pines on the one side, a cabin on the other
+    side = int(scene["place"] == "right")    # pines below the sun, a cabin on the other side
     if "pines" in extras:
-        green = mix(shadow, "#1c4634", light)
+        green = mix(shadow, "#1c4634", 0.7)
         for x in (0.04, 0.25, 0.145):
             paint(image, "fir", abs(side - x), 0.97, rng.uniform(0.36, 0.5), green, snow)
     if "cabin" in extras:
@@ -222,7 +239,7 @@ def caption(rng, sky, land, place, extras):
 
     time = when.split(maxsplit=1)[1]    # "at dawn" -> "dawn"
     start = rng.choice([f"{ground} {when}", f"{time} over {ground}"])
-    vague = rng.choice(["a landscape", ground])
+    vague = rng.choice(["a landscape", ground, time])
     completeness = rng.random()
     if completeness < 0.07:
         return vague
