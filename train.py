@@ -346,14 +346,15 @@ class Muon(torch.optim.Optimizer):
 
     The gradient of a layer has few large singular values, and so has Adam's step. Muon sets them
     all to about 1, so that rare directions learn as fast as common ones. A convolution (O, I, 3, 3)
-    counts as a matrix (O, 9*I). torch.optim.Muon takes plain matrices alone.
+    counts as a matrix (O, 9*I). torch.optim.Muon takes plain matrices alone. Here all parameters of
+    one shape form a group and are updated as one batch of matrices.
     """
 
     def __init__(self, params, lr=1e-3, momentum=0.95):
-        alike = {}                                   # shape: parameters, which learn as one stack
+        by_shape = {}
         for p in params:
-            alike.setdefault(p.shape, []).append(p)
-        groups = [dict(params=stack) for stack in alike.values()]
+            by_shape.setdefault(p.shape, []).append(p)
+        groups = [dict(params=group) for group in by_shape.values()]
         super().__init__(groups, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
@@ -364,7 +365,7 @@ class Muon(torch.optim.Optimizer):
             if not params:
                 continue
             grad = torch.stack([p.grad for p in params])                       # (n, O, I, ...)
-            state = self.state[params[0]]
+            state = self.state[params[0]]            # of the whole group
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(grad)
             average = state["momentum"]
@@ -390,7 +391,7 @@ def orthogonalize(G):
     X = G / (G.norm(dim=(1, 2), keepdim=True) + 1e-7)
     A = X @ X.mT
     identity = torch.eye(G.size(1)).to(A)
-    M = a * identity + b * A + c * A @ A
+    M = a * identity + b * A + c * A @ A             # the first round
     Q = M                                            # the product of all M
     for _ in range(4):
         A = M @ A @ M
@@ -759,7 +760,8 @@ def save_clip(run, pipe):
 
 def train_unet(pipe, data, val, args):
     """Learn which noise is in a latent, given the time and the caption. Sets pipe.unet."""
-    vae, schedule, T = pipe.vae, pipe.schedule, pipe.schedule.T
+    vae, schedule = pipe.vae, pipe.schedule
+    T = schedule.T
     side = args.image_size // vae.f
     unet = pipe.unet or UNet(
         **PRESETS[args.preset]["unet"],

@@ -130,7 +130,7 @@ SHAPES = {
         ("#b03028", "-.5 .2  .55 .2  .35 0  -.3 0")],
 }
 
-# Where the stars stand, as in SHAPES but with y down: nearly the same place every night.
+# Where the stars are, "x y" in image widths, y down; every night they are a little off.
 STARS = (".04 .06  .09 .25  .13 .12  .17 .37  .23 .05  .27 .2  .31 .32  .36 .1  .41 .24  .44 .04  "
          ".49 .35  .55 .09  .58 .22  .63 .03  .66 .3  .72 .14  .76 .38  .82 .07  .85 .24  .91 .15  "
          ".94 .33  .97 .04")
@@ -141,11 +141,11 @@ def mix(a, b, share):
     return "#%02x%02x%02x" % tuple(round(x + share * (y - x)) for x, y in pairs)
 
 def vary(rng, color):
-    """The color with a little of any other in it: no two skies or lands are quite alike."""
+    """The color with a little of a random one in it: a word stands for many shades, not one."""
     return mix(color, f"#{rng.randrange(2**24):06x}", 0.15)
 
 def points(text):
-    """Numbers "x y  x y  ..." as an array (N, 2)."""
+    """The numbers in "x y  x y  ..." as an array (N, 2)."""
     return np.fromstring(text, sep=" ").reshape(-1, 2)
 
 def paint(image, name, x, y, size, body=None, snow=None):
@@ -203,7 +203,7 @@ def draw(scene, size):
             fade(image, base - 0.2, 0.2, mix(horizon, "#ffffff", 0.3))
         body = mix(horizon, mix(shadow, color, 0.7), share)
         if "snow" in extras:
-            snow = mix(between, "#ffffff", share) + "c0"
+            snow = mix(between, "#ffffff", share) + "c0"    # the land shows through
         for i in range(count):
             x = (i + rng.uniform(-0.25, 0.25)) / (count - 1)
             paint(image, shape, x, base + 0.02, height * rng.uniform(0.75, 1.1), body, snow)
@@ -217,7 +217,8 @@ def draw(scene, size):
         paint(image, "hill", 0.5, 1.2, 0.3, body, snow)
     if "boat" in extras:
         paint(image, "boat", 0.5, 0.87, 0.2)
-    side = int(scene["place"] == "right")    # pines below the sun, a cabin on the other side
+    # Pines below the sun, a cabin on the other side. Left to chance, a small model draws two.
+    side = int(scene["place"] == "right")
     if "pines" in extras:
         green = mix(shadow, "#1c4634", 0.7)
         for x in (0.04, 0.25, 0.145):
