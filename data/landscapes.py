@@ -102,7 +102,7 @@ SHAPES = {
         ("#ffffff", ".6 .8  .85 .8  1.1 .55  1.35 .8  1.6 .8  1.1 .2")],
     "peak": [
         ("body", "-1.2 0  0 1  1.2 0"),
-        ("snow", "-.54 .55  0 1  .54 .55  .36 .47  .18 .6  -.08 .45  -.3 .6"),
+        ("snow", "-.6 .5  0 1  .6 .5  .3 .65  0 .4  -.3 .65"),
         (SHADE, "0 1  .3 0  1.2 0")],
     "hill": [
         ("body", "-3.5 0  -3.1 .03  -2.8 .1  -2.4 .22  -2.1 .35  -1.7 .52  -1.4 .66  -1 .81  "
@@ -144,6 +144,10 @@ def vary(rng, color):
     """The color with a little of a random one in it: a word stands for many shades, not one."""
     return mix(color, f"#{rng.randrange(2**24):06x}", 0.15)
 
+def near(rng, x, reach=0.05):
+    """A random number from x - reach to x + reach."""
+    return rng.uniform(x - reach, x + reach)
+
 def points(text):
     """The numbers in "x y  x y  ..." as an array (N, 2)."""
     return np.fromstring(text, sep=" ").reshape(-1, 2)
@@ -169,26 +173,27 @@ def draw(scene, size):
     shape, count, height, color = LANDS[scene["land"]]
     top, horizon, color = vary(rng, top), vary(rng, horizon), vary(rng, color)
     between = mix(top, horizon, 0.5)    # the color of water, and of snow far away
+    height *= rng.uniform(0.8, 1.3)
+    skyline = near(rng, 0.6, 0.04)
     # Twice the size; in the end each pixel is the mean of four, so that edges are smooth.
     width = 2 * size
     image = Image.new("RGB", (width, width), top)
 
     # The sky, and all that is in it.
-    fade(image, 0, 0.58, horizon)
+    fade(image, 0, skyline, horizon)
     if scene["sky"] == "night":
         for x, y in points(STARS):
-            x += rng.uniform(-0.015, 0.015)
-            y += rng.uniform(-0.015, 0.015)
-            paint(image, "disc", x, y, 0.01, "#f0f0f8")
-    disc_x = PLACES[scene["place"]] + rng.uniform(-0.05, 0.05)
-    disc_y = rng.uniform(0.16, 0.22)
+            paint(image, "disc", near(rng, x, 0.015), near(rng, y, 0.015), 0.01, "#f0f0f8")
+    disc_x = near(rng, PLACES[scene["place"]])
+    disc_y = near(rng, 0.19, 0.03)
     for radius, opacity in ((0.132, "60"), (0.102, "60"), (0.073, "ff")):    # two rings of light
         paint(image, "disc", disc_x, disc_y, radius, disc + opacity)
     if scene["sky"] == "storm":
         paint(image, "bolt", rng.uniform(0.5, 0.7), 0.52, 0.36)
     if scene["sky"] == "storm" or "clouds" in extras:
-        for x, y in ((0.12, 0.13), (0.37, 0.28), (0.62, 0.13), (0.87, 0.28)):
-            if abs(x - disc_x) > 0.32:    # a cloud never hides the sun
+        for x, y in ((0.12, 0.14), (0.37, 0.28), (0.62, 0.14), (0.87, 0.28)):
+            x = near(rng, x)
+            if abs(x - disc_x) > 0.3:    # a cloud never hides the sun
                 paint(image, "cloud", x, y, 0.115, cloud)
     if "birds" in extras:
         paint(image, "birds", (disc_x + 0.35) % 1, 0.2, 0.115)    # beside the sun
@@ -197,7 +202,7 @@ def draw(scene, size):
     distance = 0.07 if "lake" in extras else 0.14
     snow = "#00000000"    # clear
     for row in range(3):
-        base = 0.58 + distance * row
+        base = skyline + distance * row
         share = 0.55 + 0.2 * row
         if "mist" in extras:
             fade(image, base - 0.2, 0.2, mix(horizon, "#ffffff", 0.3))
@@ -205,26 +210,27 @@ def draw(scene, size):
         if "snow" in extras:
             snow = mix(between, "#ffffff", share) + "c0"    # the land shows through
         for i in range(count):
-            x = (i + rng.uniform(-0.25, 0.25)) / (count - 1)
-            paint(image, shape, x, base + 0.02, height * rng.uniform(0.75, 1.1), body, snow)
+            x = near(rng, i, 0.25) / (count - 1)
+            paint(image, shape, x, base + 0.02, height * rng.uniform(0.7, 1), body, snow)
         paint(image, "ground", 0, base, 1, body)
 
     if "lake" in extras:    # a mirror, the color of water over it, and the shore on this side
-        shore = round(0.74 * width)
+        shore = round((skyline + 0.16) * width)
         above = image.crop((0, 0, width, shore))
         image.paste(ImageOps.flip(above), (0, shore))
-        paint(image, "ground", 0, 0.74, 1, between + "80")
-        paint(image, "hill", 0.5, 1.2, 0.3, body, snow)
+        paint(image, "ground", 0, shore / width, 1, between + "80")
+        paint(image, "hill", near(rng, 0.5, 0.3), 1.2, 0.3, body, snow)
     if "boat" in extras:
-        paint(image, "boat", 0.5, 0.87, 0.2)
+        paint(image, "boat", near(rng, 0.5, 0.1), 0.87, 0.2)
     # Pines below the sun, a cabin on the other side. Left to chance, a small model draws two.
     side = int(scene["place"] == "right")
     if "pines" in extras:
         green = mix(shadow, "#1c4634", 0.7)
         for x in (0.04, 0.25, 0.145):
-            paint(image, "fir", abs(side - x), 0.97, rng.uniform(0.36, 0.5), green, snow)
+            x = abs(side - near(rng, x, 0.03))
+            paint(image, "fir", x, 0.97, rng.uniform(0.36, 0.5), green, snow)
     if "cabin" in extras:
-        paint(image, "cabin", abs(side - 0.81), 0.97, 0.23)
+        paint(image, "cabin", abs(side - near(rng, 0.81)), 0.97, rng.uniform(0.19, 0.25))
     return image.reduce(2)
 
 def caption(rng, sky, land, place, extras):
