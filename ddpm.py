@@ -45,7 +45,8 @@ With all these weights set to 1 it is the simple loss (Eq. 14). That spends more
 bound does, and draws better pictures. diffusion_loss can also weigh otherwise (min-SNR).
 
 Papers: Ho et al. 2020 (DDPM); Song et al. 2020 (DDIM); Lu et al. 2022 (DPM-Solver++); Ho & Salimans
-2022 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR).
+2022 (classifier-free guidance); Salimans & Ho 2022 (v-prediction); Hang et al. 2023 (min-SNR); Lin
+et al. 2023 (zero terminal SNR).
 
 Letters: T diffusion steps, 1000; B batch; x is whatever is diffused, of any shape (B, ...): for
 Stable Diffusion latents (B, 4, h, w). The code counts t from 0, the paper from 1: t = 0 here is its
@@ -66,6 +67,7 @@ class NoiseSchedule:
         beta_end=0.012,
         beta_schedule="scaled_linear",     # or linear, squaredcos_cap_v2 (cosine)
         prediction_type="epsilon",         # what the network predicts; or v_prediction
+        rescale_betas_zero_snr=False,      # True: the last step is pure noise
         timestep_spacing=None,             # leading, trailing, linspace or None: see timesteps
         steps_offset=1,                    # added to t if the spacing is leading
         set_alpha_to_one=False,            # False: DDIM's last step ends at abar_0, not at 1
@@ -89,6 +91,9 @@ class NoiseSchedule:
                              "or squaredcos_cap_v2")
         # A product of a thousand factors near 1: multiply in float64, keep in float32.
         alpha_bar = torch.cumprod(1 - beta, dim=0)
+        if config["rescale_betas_zero_snr"]:
+            alpha_bar = zero_terminal_snr(alpha_bar)
+            beta[1:] = 1 - alpha_bar[1:] / alpha_bar[:-1]
         if not (beta.min() > 0 and beta.max() < 1 and alpha_bar[-1].float() > 0):
             raise ValueError(f"beta_start = {start}, beta_end = {end}: beta should be above 0 and "
                              "below 1, and leave some of the signal")
@@ -102,16 +107,20 @@ class NoiseSchedule:
 
         ValueError names a key that asks for what this code does not do. Unknown keys are ignored.
         """
-        for key in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
+        for key in ("trained_betas", "thresholding", "use_flow_sigmas"):
             if config.get(key):
                 raise ValueError(f"{key} = {config[key]!r} is not supported")
         allowed = dict(
+            _class_name=SAME_MODELS,
             prediction_type=("epsilon", "v_prediction"),
-            timestep_spacing=(None, "leading", "trailing", "linspace"),
+            timestep_spacing=("leading", "trailing", "linspace"),
         )
         for key, values in allowed.items():
             if config.get(key, values[0]) not in values:
-                raise ValueError(f"{key} = {config[key]!r} is not one of {values}")
+                raise ValueError(f"{key} = {config[key]!r} is not one of {', '.join(values)}")
+        for key in cls.DEFAULTS:
+            if key in config and config[key] is None:
+                raise ValueError(f"{key} = null is not supported")
         # What a published config leaves out has diffusers' defaults.
         defaults = dict(
             beta_start=0.0001,
@@ -208,6 +217,35 @@ class NoiseSchedule:
             # Published DDIM always takes the same stride, wherever the next time of the list is.
             return [(t, t - self.T // steps) for t in times]
         return list(zip(times, times[1:] + [-1]))
+
+# The samplers of diffusers whose models predict what this file's do: eps or v.
+SAME_MODELS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+
+def zero_terminal_snr(alpha_bar):
+    """alpha_bar (T,), shifted and scaled so that it ends at 0 (Lin et al. 2023, Algorithm 1).
+
+    Other schedules keep a trace of the picture at the last step, its mean above all. Sampling
+    starts from noise without it, and so draws neither very dark nor very bright pictures.
+    """
+    root = alpha_bar.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    root[-1] = 2**-12                                          # nearly 0: nothing divides by it
+    return root**2
 
 # ---- The training loss ---------------------------------------------------------------------------
 

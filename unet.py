@@ -325,6 +325,7 @@ class UNet(nn.Module):
         norm_eps=1e-5,                                # of the residual blocks' GroupNorm
         use_linear_projection=False,                  # True in Stable Diffusion 2
         upcast_attention=False,                       # True in Stable Diffusion 2.1
+        mid_block_type="UNetMidBlock2DCrossAttn",     # None: no middle, in some distilled models
         sample_size=64,                               # h and w that it was trained with
     )
 
@@ -335,7 +336,7 @@ class UNet(nn.Module):
         heads = config["attention_head_dim"]
         if isinstance(heads, int):
             heads = [heads for _ in widths]
-        mid_heads = heads[-1]                          # the middle always has a transformer
+        mid_heads = heads[-1]                          # a middle always has a transformer
         attends = [kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"]]
         heads = [heads[i] if attends[i] else None for i in range(len(widths))]
 
@@ -351,7 +352,9 @@ class UNet(nn.Module):
             skips += [width for _ in range(layers if is_last else layers + 1)]
             channels = width
 
-        self.mid_block = MidBlock(channels, mid_heads, config)
+        self.mid_block = None
+        if config["mid_block_type"]:
+            self.mid_block = MidBlock(channels, mid_heads, config)
 
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(widths))):
@@ -399,7 +402,6 @@ class UNet(nn.Module):
             flip_sin_to_cos=True,
             freq_shift=0,
             mid_block_scale_factor=1,
-            mid_block_type="UNetMidBlock2DCrossAttn",
             num_attention_heads=None,
             num_class_embeds=None,
             only_cross_attention=False,
@@ -411,18 +413,24 @@ class UNet(nn.Module):
             transformer_layers_per_block=1,
         )
         for key, value in required.items():
-            if config.get(key) not in (None, value):
-                raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
-
-        given = {key: value for key, value in config.items() if value is not None}
-        unet = {**cls.DEFAULTS, "cross_attention_dim": 1280, **given}          # as in diffusers
+            given = config.get(key, value)
+            if given != value and not (given is None and value is False):
+                raise ValueError(f"{key} = {given!r} is not supported, only {value!r}")
+        # null is False for a switch, no middle, or no size; it means no other default.
+        unet = {**cls.DEFAULTS, "cross_attention_dim": 1280, **config}         # as in diffusers
+        unet["sample_size"] = unet["sample_size"] or cls.DEFAULTS["sample_size"]
+        for key, value in cls.DEFAULTS.items():
+            if unet[key] is None and value is not False and key != "mid_block_type":
+                raise ValueError(f"{key} = null is not supported")
         if not isinstance(unet["sample_size"], int):
             raise ValueError(f"sample_size = {unet['sample_size']!r} is not a whole number")
+        if unet["mid_block_type"] not in (None, cls.DEFAULTS["mid_block_type"]):
+            raise ValueError(f"mid_block_type = {unet['mid_block_type']!r} is not supported")
         kinds = unet["down_block_types"]
         if not set(kinds) <= {"CrossAttnDownBlock2D", "DownBlock2D"}:
             raise ValueError("down_block_types: only CrossAttnDownBlock2D and DownBlock2D")
         mirrored = [kind.replace("Down", "Up") for kind in reversed(kinds)]
-        if list(config.get("up_block_types", mirrored)) != mirrored:
+        if list(config.get("up_block_types", mirrored) or []) != mirrored:
             raise ValueError(f"up_block_types: should mirror down_block_types: {mirrored}")
         for key in ("down_block_types", "attention_head_dim"):
             levels = len(unet["block_out_channels"])
@@ -460,7 +468,8 @@ class UNet(nn.Module):
             x, block_skips = self.run_block(block, x, temb, context)
             skips += block_skips
 
-        x = self.run_block(self.mid_block, x, temb, context)       # (B, 1280, h/8, w/8)
+        if self.mid_block is not None:
+            x = self.run_block(self.mid_block, x, temb, context)   # (B, 1280, h/8, w/8)
 
         for block in self.up_blocks:                               # (B,  320, h,   w)
             taken = [skips.pop() for _ in block.resnets]           # last in, first out

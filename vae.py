@@ -214,7 +214,9 @@ class DiagonalGaussian:
         """
         if noise is None:
             device = self.mean.device if generator is None else generator.device
-            noise = torch.randn(self.mean.shape, generator=generator, device=device)
+            noise = torch.randn(
+                self.mean.shape, generator=generator, device=device, dtype=torch.float32
+            )
         sigma = (0.5 * self.logvar).exp()
         return self.mean + sigma * noise.to(self.mean.device)
 
@@ -284,8 +286,11 @@ class VAE(nn.Module):
             latents_mean=None,
         )
         for key, value in required.items():
-            if config.get(key) not in (None, value):
+            if config.get(key, value) != value:
                 raise ValueError(f"{key} = {config[key]!r} is not supported, only {value!r}")
+        for key in (*cls.DEFAULTS, "down_block_types", "up_block_types"):
+            if key in config and config[key] is None:
+                raise ValueError(f"{key} = null is not supported")
         for kind in [*config.get("down_block_types", []), *config.get("up_block_types", [])]:
             if kind not in ("DownEncoderBlock2D", "UpDecoderBlock2D"):
                 raise ValueError(f"down_block_types, up_block_types: {kind!r} is not supported")
