@@ -189,14 +189,19 @@ if __name__ == "__main__":
 
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")      # before torch: see sample.py
 
+import codecs
+import collections
+import contextlib
 import copy
 import csv
 import functools
+import io
 import json
 import math
 import re
 import signal
 import subprocess
+import textwrap
 import zlib
 
 import torch
@@ -223,22 +228,27 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))         # the number of processes
 class ImageFolder(Dataset):
     """Pictures anywhere below root: [i] -> (picture (3, S, S) float32 in [-1, 1], caption).
 
-    Pictures are scaled and cropped to squares. A caption is what there is first: `text` beside
-    `file_name` in root/metadata.jsonl or metadata.csv; the text file a.txt or a.caption for a.jpg;
-    the name of the sub-folder; the name of the file. Of 20 pictures or more every 20th is for
-    validation, split "val"; the others are "train". flip: all of them once more, mirrored. A broken
-    picture is logged once, and the next one takes its place. ValueError: no picture to be had.
+    Pictures are scaled and cropped to squares. A caption is what there is first: `text` (or
+    `caption`) beside `file_name` in a metadata.jsonl or metadata.csv, in the picture's folder or
+    one above it; a text file, a.txt, a.caption or a.jpg.txt for a.jpg; the name of the sub-folder;
+    the name of the file. Of 20 pictures or more every 20th is for validation, split "val"; the
+    others are "train". flip: all of them once more, mirrored. A broken picture is logged once, and
+    the next one takes its place. ValueError: no picture to be had.
     """
 
     def __init__(self, root, image_size=64, split="train", flip=False, max_images=None):
         self.root = Path(root)
         self.image_size = image_size
-        names = self.find_pictures()
+        self.logs = RANK == 0 and split == "train"   # else all would be said twice
+        names, tables, texts = self.find_files()
         if not names:
             raise ValueError(f"--data {root}: no such folder, or no pictures (.png, .jpg) in it")
-        table = self.read_metadata()
+        table = self.read_metadata(tables)
         if table and not set(table) & set(names):
             raise ValueError(f"--data {root}: no file_name of its metadata is a picture in it")
+        self.sources = collections.Counter()         # where captions come from: how many
+        self.unused = set(texts)                     # text files that are no picture's caption
+        captions = {name: self.find_caption(name, table, texts) for name in names}
         if len(names) >= 20:                         # else too few to spare any
             if split == "val":
                 names = names[10::20]
@@ -247,52 +257,93 @@ class ImageFolder(Dataset):
         if max_images and max_images < len(names):
             names = [names[k * len(names) // max_images] for k in range(max_images)]
         self.names = names
-        self.captions = [to_text(table.get(name) or self.read_caption(name)) for name in names]
+        self.captions = [to_text(captions[name]) for name in names]
         self.mirrored_from = len(names)
         if flip:
             self.names *= 2
             self.captions *= 2
         self.broken = set()
 
-    def find_pictures(self):
-        """Paths relative to root, sorted. Passes over hidden folders, and models with samples."""
+    def find_files(self):
+        """Paths below root: [pictures], [metadata], {text file: how its ending is spelt}, sorted.
+
+        Passes over hidden files and folders, and over models with their samples.
+        """
         kinds = Image.registered_extensions()
-        names = []
+        pictures, tables, texts, others = [], [], {}, []
         for folder, folders, files in os.walk(self.root):
             if "train_state" in folders or Path(folder).name.startswith("."):
                 folders.clear()
                 continue
             for file in files:
-                path = Path(folder, file)
-                if path.suffix.lower() in kinds and not file.startswith("."):
-                    names.append(str(path.relative_to(self.root)))
-        return sorted(names)
+                path = Path(folder, file).relative_to(self.root)
+                ending = path.suffix.lower()
+                if file.startswith("."):
+                    continue
+                if file.lower() in ("metadata.csv", "metadata.jsonl"):
+                    tables.append(path)
+                elif ending in (".txt", ".caption"):
+                    texts[str(path.with_suffix(ending))] = path.suffix
+                elif ending in kinds or can_open(self.root / path):
+                    pictures.append(str(path))
+                elif ending not in (".json", ".jsonl", ".csv"):
+                    others.append(str(path))
+        if others:
+            self.log(f"{len(others)} files that Pillow cannot open, such as {min(others)}")
+        return sorted(pictures), sorted(tables), texts
 
-    def read_metadata(self):
-        """{file name: caption} of metadata.csv and metadata.jsonl. ValueError names a bad file."""
-        table = {}
-        for path in (self.root / "metadata.csv", self.root / "metadata.jsonl"):
-            if not path.is_file():
-                continue
-            with naming(f"{path}: each line needs file_name and text"):
-                with open(path, encoding="utf-8-sig", newline="") as file:
-                    if path.suffix == ".csv":
-                        lines = list(csv.DictReader(file))
-                    else:
-                        lines = [json.loads(line) for line in file if line.strip()]
+    def log(self, what):
+        """Say what is left out."""
+        if self.logs:
+            print(f"train.py: left out: {what}", file=sys.stderr)
+
+    def read_metadata(self, tables):
+        """{picture: caption} of files of metadata. ValueError names one that lacks a column.
+
+        file_name counts from the file's own folder. Where two files tell of one picture, the
+        deeper one counts, and metadata.jsonl before metadata.csv.
+        """
+        captions = {}
+        for path in sorted(tables, key=lambda path: len(path.parts)):
+            with naming(self.root / path):
+                text = read_text(self.root / path)
+                if path.suffix.lower() == ".csv":
+                    lines = list(csv.DictReader(io.StringIO(text, newline="")))
+                else:
+                    lines = [json.loads(line) for line in text.split("\n") if line.strip()]
                 for line in lines:
-                    table[os.path.normpath(line["file_name"])] = str(line["text"] or "")
-        return table
+                    column = "text" if "text" in line else "caption"
+                    if not {"file_name", column} <= set(line):
+                        raise ValueError("its columns should be file_name and text, not "
+                                         + ", ".join(map(str, line)))
+                    caption = line[column]
+                    if isinstance(caption, list):    # several: the first
+                        caption = caption[0] if caption else None
+                    if caption not in (None, ""):
+                        name = os.path.normpath(path.parent / line["file_name"])
+                        captions[name] = str(caption)
+        return captions
 
-    def read_caption(self, name):
-        """What is said of a picture beside it, or by its folder's name, or by its own."""
-        path = self.root / name
+    def find_caption(self, name, table, texts):
+        """What is said of a picture in metadata, beside it, by its folder's name or by its own."""
+        if name in table:
+            self.sources["metadata"] += 1
+            return table[name]
+        path = Path(name)
         for ending in (".txt", ".caption"):
-            beside = path.with_suffix(ending)
-            if beside.is_file():
-                with naming(f"{beside}: should be text in UTF-8"):
-                    return beside.read_text(encoding="utf-8-sig").strip()
-        words = Path(name).parent.name or path.stem
+            for beside in (str(path.with_suffix(ending)), name + ending):
+                if beside not in texts:
+                    continue
+                file = (self.root / beside).with_suffix(texts[beside])
+                self.unused.discard(beside)
+                try:
+                    caption = read_text(file).strip()
+                    self.sources["text files"] += 1
+                    return caption
+                except UnicodeError as error:
+                    self.log(f"{file}: {error}")
+        self.sources["folder names" if path.parent.name else "file names"] += 1
+        words = path.parent.name or path.stem
         return words.replace("_", " ").replace("-", " ")
 
     def __len__(self):
@@ -313,6 +364,39 @@ class ImageFolder(Dataset):
                     print(f"train.py: left out: {error}", file=sys.stderr)
                 self.broken.add(name)
         raise ValueError(f"--data {self.root}: none of the pictures can be read")
+
+def can_open(path):
+    """Whether Pillow knows a file for a picture, whatever its name."""
+    try:
+        with Image.open(path):
+            return True
+    except Exception:
+        return False
+
+BYTE_ORDER_MARKS = {                                 # in this order: one begins like another
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+def read_text(path):
+    """A text file in UTF-8, or as its byte order mark says -> str. UnicodeError: neither."""
+    data = path.read_bytes()
+    encodings = [BYTE_ORDER_MARKS[mark] for mark in BYTE_ORDER_MARKS if data.startswith(mark)]
+    with contextlib.suppress(UnicodeDecodeError):
+        text = data.decode([*encodings, "utf-8-sig"][0])
+        if "\0" not in text:                         # UTF-16 without a mark may seem to be UTF-8
+            return text
+    raise UnicodeError("not UTF-8, and without a byte order mark")
+
+def describe_captions(data):
+    """Two lines: where the captions of an ImageFolder come from, and three of them."""
+    sources = ", ".join(f"{count} from {source}" for source, count in data.sources.items())
+    places = [k * len(data) // 3 for k in range(3)]
+    examples = [textwrap.shorten(data.captions[k], 60, placeholder="...") for k in places]
+    return (f"captions: {sources}; caption files that are not used: {len(data.unused)}\n"
+            f"for example: {' | '.join(examples)}")
 
 def open_data(args):
     """The pictures to learn from, and those to validate by. Draws the landscapes if need be."""
@@ -571,6 +655,9 @@ class Training:
         free = ("stage", "out", "resume", "save_every", "sample_every", "grad_accum", "workers",
                 "grad_checkpoint", "device", "compile")
         flags = {flag: str(value) for flag, value in vars(self.args).items() if flag not in free}
+        for flag in ("init", "text_encoder", "tokenizer"):
+            if Path(flags[flag]).exists():                     # however its path is spelt
+                flags[flag] = str(Path(flags[flag]).resolve())
         return dict(flags, steps=self.steps)
 
     def save(self, pipe, parts):
@@ -998,6 +1085,10 @@ def main(args):
     if RANK == 0:
         print(f"{len(data)} pictures of {args.image_size}x{args.image_size}; {', '.join(stages)} "
               f"on {args.device} in {args.dtype}; the model goes to {args.out}/")
+        print(describe_captions(data))
+        states = [args.out / "train_state" / f"{stage}.pt" for stage in stages]
+        if args.resume and not any(state.exists() for state in states):
+            print(f"--resume: there is nothing to resume in {args.out}/; the run begins")
     for stage in stages:
         torch.manual_seed(args.seed)                 # a stage starts the same, alone or not
         STAGES[stage](pipe, data, val, args)
