@@ -67,11 +67,13 @@ def to_text(text):
 def tokenize(tokenizer, texts):
     """texts (list of str) -> ids (B, L) int64: start, text, end, padding. Longer texts are cut."""
     L = min(tokenizer.model_max_length, 77)                    # without a limit, that is huge
-    texts = [to_text(text) for text in texts]
-    encoded = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=L, return_tensors="pt"
-    )
-    return encoded.input_ids
+    ids = torch.full((len(texts), L), tokenizer.pad_token_id, dtype=torch.int64, device="cpu")
+    # To ask the tokenizer to cut and pad would change its settings, which all threads share.
+    rows = tokenizer([to_text(text) for text in texts], verbose=False).input_ids
+    for i, row in enumerate(rows):
+        row = row[:-1][:L - 1] + row[-1:]                      # cut, but keep the end of text
+        ids[i, :len(row)] = torch.tensor(row)
+    return ids
 
 # ---- The transformer that both towers share ------------------------------------------------------
 
@@ -218,6 +220,9 @@ class CLIPTextEncoder(nn.Module):
         """
         config = config.get("text_config") or config
         check_config(config, "clip_text_model")
+        for key in cls.DEFAULTS:
+            if key in config and config[key] is None and "token_id" not in key:
+                raise ValueError(f"{key} = null is not supported")
         # What a published config leaves out has transformers' defaults.
         config = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=8) | config
         return cls(**{key: config[key] for key in cls.DEFAULTS if key in config})
@@ -344,8 +349,8 @@ class CLIP(nn.Module):
         size = self.vision_model.config["image_size"]
         if x.size(-1) != size:
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        mean = torch.tensor(self.MEAN, device=x.device).view(3, 1, 1)
-        std = torch.tensor(self.STD, device=x.device).view(3, 1, 1)
+        mean = torch.tensor(self.MEAN, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        std = torch.tensor(self.STD, dtype=x.dtype, device=x.device).view(3, 1, 1)
         x = ((x + 1) / 2 - mean) / std
         return F.normalize(self.visual_projection(self.vision_model(x)), dim=-1)
 

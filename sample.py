@@ -29,7 +29,9 @@ def parse_args():
     p.add_argument("--tokenizer", help="folder or hub id, for a single file (OpenAI's)")
     p.add_argument("--negative", default="", metavar="TEXT", help="what not to draw")
     p.add_argument("--steps", type=int, default=25, help="denoising steps (25)")
-    p.add_argument("--guidance", type=float, help="how strictly to follow the prompt (the model's)")
+    p.add_argument("--guidance", type=float,
+                   help="how strictly to follow the prompt (the model's). 1: the prompt alone, in "
+                        "half the time; cards of Turbo models call that 0. 0: without the prompt")
     p.add_argument("--sampler", choices=["ddpm", "ddim", "dpmpp"], default="dpmpp", help="(dpmpp)")
     p.add_argument("--seed", type=int, default=0, help="picture k is drawn with seed + k (0)")
     p.add_argument("--num-images", type=int, default=1, help="pictures for each prompt (1)")
@@ -58,10 +60,13 @@ if __name__ == "__main__":
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import contextlib
+import io
 import json
 import math
+import pickle
 import re
 import shutil
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +133,8 @@ def find(model, parts=()):
     """
     if Path(model).exists():
         return Path(model)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(model)):
+    model = Path(model).as_posix()
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError(f"{model}: no such file, folder or hub id; `python train.py` makes one")
     if model in MOVED:
         model = MOVED[model]
@@ -158,7 +164,16 @@ def choose_files(listed, parts):
 def read_json(path):
     """A JSON file -> dict. ValueError names the file."""
     with naming(path):
-        return dict(json.loads(path.read_bytes()))
+        data = path.read_bytes()
+        check_start(data)
+        return dict(json.loads(data))
+
+def check_start(data):
+    """ValueError where a file begins like what often lies in the place of a download."""
+    if data.startswith(b"version https://git-lfs"):
+        raise ValueError("this is a Git LFS pointer, not the file; run `git lfs pull`")
+    if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-z]", data, re.IGNORECASE):
+        raise ValueError("this is a web page, not the file; download it again")
 
 class Inert:
     """Stands in for a class of a checkpoint's bookkeeping: takes any arguments and does nothing."""
@@ -179,17 +194,39 @@ BOOKKEEPING = (
     "_codecs.encode",
 )
 
+# What torch lets through is a setting of the whole process: one thread at a time changes it.
+SAFE_GLOBALS_LOCK = threading.Lock()
+
+# What torch.compile and DataParallel put before the names of a model that they wrap.
+WRAPPERS = r"^module\.|_orig_mod\.(module\.)?"
+
 def read_weights(path):
-    """A .safetensors, .ckpt or .bin -> {name: tensor}. ValueError names the file."""
-    with naming(f"{path}: no weights, or code among them; refused"):
-        if path.suffix.lower() == ".safetensors":
-            return load_file(path)
-        allowed = [(Inert, name) for name in BOOKKEEPING]
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")                    # torch's, of pickle protocols
-            state = torch.load(path, map_location="cpu", weights_only=True)
+    """A file of weights, whatever its ending -> {name: tensor}. ValueError names the file."""
+    with naming(f"{path}: refused"):
+        with open(path, "rb") as file:
+            start = file.read(100)
+            file.seek(0)
+            if start[8:9] == b"{":                             # after the length of a JSON header
+                state = load_file(path)
+            else:
+                check_start(start)
+                if start[:1] == b"{":
+                    raise ValueError("this is JSON, not weights")
+                state = read_pickle(file)
         state = state.get("state_dict", state)
-        return {name: tensor for name, tensor in state.items() if torch.is_tensor(tensor)}
+        return {re.sub(WRAPPERS, "", name): tensor
+                for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+def read_pickle(file):
+    """What torch.save wrote, without running code. UnpicklingError names what else it asks for."""
+    allowed = [(Inert, name) for name in BOOKKEEPING]
+    try:
+        with SAFE_GLOBALS_LOCK, torch.serialization.safe_globals(allowed):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:                    # a long text
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it asks for {asked[1]}" if asked else "it is damaged, or holds more than weights"
+        raise pickle.UnpicklingError(what) from None
 
 # ---- Load: build the models ----------------------------------------------------------------------
 
@@ -247,9 +284,12 @@ def load_tokenizer(source, text_encoder):
     embeddings = text_encoder.text_model.embeddings
     known = embeddings.token_embedding.num_embeddings
     with naming(f"{folder}: no usable CLIP tokenizer"):
+        for path in folder.glob("*.[jt]*"):                    # .json, .txt
+            check_start(path.read_bytes())
         tokenizer = CLIPTokenizer.from_pretrained(folder)      # without files: 2 tokens
         assert 2 < len(tokenizer) <= known, "no files, or more tokens than the text encoder knows"
         tokenizer.model_max_length = embeddings.position_embedding.num_embeddings      # L
+        tokenize(tokenizer, [""])      # now, before threads share it, its settings become ours
     return tokenizer
 
 def load_clip(source, device="cpu", part="clip"):
@@ -321,7 +361,7 @@ def load_single_file(path, parts):
             break
     else:
         raise ValueError(f"{path}: not a Stable Diffusion 1 or 2: its text is {width} wide")
-    pipe = Pipeline(schedule=NoiseSchedule.from_config(configs["scheduler"]))
+    pipe = Pipeline(schedule=NoiseSchedule(**configs["scheduler"]))
     for part in parts:
         prefix = PREFIXES[part]
         own = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
@@ -401,20 +441,45 @@ def pick_device(device="auto", dtype="auto"):
 # ---- Pictures ------------------------------------------------------------------------------------
 
 def open_picture(path, background="white"):
-    """Any picture that Pillow reads -> RGB, upright, on a background. ValueError names the file."""
+    """A file that Pillow reads -> as `upright_rgb` has it. ValueError names the file."""
     with naming(f"{path}: not a readable picture"):
-        image = ImageOps.exif_transpose(Image.open(path))
-        if image.mode.startswith("I"):                         # 16 bit: Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-        if image.has_transparency_data:
-            paper = Image.new("RGBA", image.size, background)
-            image = Image.alpha_composite(paper, image.convert("RGBA"))
-        return image.convert("RGB")
+        try:
+            return upright_rgb(Image.open(path), background)
+        except Exception:
+            data = Path(path).read_bytes()
+            if not data.startswith(b"\x89PNG"):
+                raise
+            return upright_rgb(Image.open(io.BytesIO(without_metadata(data))), background)
+
+def without_metadata(png):
+    """The bytes of a PNG without texts and the like. Pillow refuses it where these are damaged."""
+    kept, start = png[:8], 8
+    while start < len(png):                                    # length, name, data, checksum
+        end = start + int.from_bytes(png[start:start + 4], "big") + 12
+        if png[start + 4:start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
+            kept += png[start:end]
+        start = end
+    return kept
+
+def upright_rgb(image, background="white"):
+    """Any PIL picture -> RGB, turned as its EXIF says, on a background where it is transparent."""
+    image.load()
+    with contextlib.suppress(Exception):                       # damaged EXIF costs no pixels
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":                                  # 16 or 32 bits, or floats
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
+        tops = [65535] if image.mode.startswith("I;16") else [1, 255, 65535]
+        top = next((top for top in tops if values.max() <= top), values.max())
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, background)
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert("RGB")
 
 def picture_to_tensor(image, height, width):
     """PIL -> (1, 3, height, width) in [-1, 1]: scaled, cropped at the centre, never stretched."""
-    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    image = ImageOps.fit(upright_rgb(image), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 def tensor_to_pictures(x):
     """(B, 3, H, W) in [-1, 1] -> list of B PIL pictures."""
@@ -454,11 +519,18 @@ def guided(unet, context, guidance, extra=()):
     context (2*B, L, D): of what to avoid, then of the prompts. extra, a list of (B, ., h, w): what
     an inpainting model sees beside z.
     """
+    if guidance == 1:                                          # the prompts alone, in half the time
+        _, context = context.chunk(2)
+
     def model(z, t):
         x = torch.cat([z, *extra], dim=1)
-        x = torch.cat([x, x])                                  # without and with the prompt at once
+        if guidance != 1:
+            x = torch.cat([x, x])                              # without and with the prompt at once
         time = x.new_full((len(x),), t)
-        uncond, cond = unet(x.to(context.dtype), time, context).float().chunk(2)
+        output = unet(x.to(context.dtype), time, context).float()
+        if guidance == 1:
+            return output
+        uncond, cond = output.chunk(2)
         return guide(cond, uncond, guidance)
     return model
 
@@ -467,10 +539,56 @@ def check_range(name, value, least, most):
     if not least <= value <= most:
         raise ValueError(f"--{name} {value} is not between {least} and {most}")
 
+def draw_noise(rngs, h, w):
+    """Noise (B, 4, h, w), for each picture by its own generator."""
+    noise = []
+    for rng in rngs:
+        noise.append(torch.randn(4, h, w, generator=rng, dtype=torch.float32, device="cpu"))
+    return torch.stack(noise)
+
+def check_sampler(sampler):
+    """ValueError unless it is the name of one."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
+
+def check_seed(seed):
+    """The seed, or where it is None a random one, which is printed."""
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big")
+        print("seed", seed)
+    check_range("seed", seed, 0, 2**60)
+    return seed
+
+def check_latents(latents, shape):
+    """ValueError unless they are None, or have this shape."""
+    if latents is not None and latents.shape != shape:
+        raise ValueError(f"latents should be {shape}, for these prompts, and not {latents.shape}")
+
+def pair_prompts(prompt, negative_prompt, num_images):
+    """Texts or lists of texts -> prompts and negative prompts, two lists, one for each picture."""
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    negatives = negative_prompt
+    if negatives is None or isinstance(negatives, str):
+        negatives = [negatives for _ in prompts]
+    negatives = [text or "" for text in negatives]             # None: nothing to avoid
+    if len(negatives) != len(prompts):
+        raise ValueError(f"negative_prompt: {len(negatives)} texts, for {len(prompts)} prompts")
+    prompts = [text for text in prompts for _ in range(num_images)]
+    negatives = [text for text in negatives for _ in range(num_images)]
+    return prompts, negatives
+
+def check_picture(name, image, background="white"):
+    """A PIL picture as `upright_rgb` has it, or None. ValueError names another thing."""
+    if image is None:
+        return None
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"{name} should be a PIL picture, not {type(image).__name__}")
+    return upright_rgb(image, background)
+
 def check_length(pipe, prompts):
     """Say on stderr of which prompts the text encoder cannot take all tokens."""
     L = pipe.tokenizer.model_max_length
-    for prompt in prompts:
+    for prompt in dict.fromkeys(prompts):                      # each once
         tokens = len(pipe.tokenizer(to_text(prompt), verbose=False).input_ids)
         if tokens > L:
             print(tokens, "tokens, but only", L, "count:", prompt, file=sys.stderr)
@@ -563,23 +681,28 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
     """Draw num_images pictures for a prompt (str), or for each of several (list) -> [PIL.Image].
 
     Picture k has a random generator of its own, with seed + k, on the CPU: it is the same alone, in
-    a batch, and on any device. guidance: None for the model's. height, width: in pixels, None for
-    the model's. init_image (PIL): start from it, strength in (0, 1] of the way back to noise.
-    mask_image (PIL): redraw init_image where this is white. latents (B, 4, h, w): noise to start
-    from. frames: a list that receives the x_0 predicted at each step, of the first batch.
-    ValueError names an argument that is out of range.
+    a batch, and on any device. seed None: a random one, which is printed. negative_prompt: a str,
+    or a list of one for each prompt. guidance: None for the model's; 1 is the prompt alone, in one
+    pass instead of two (cards of Turbo models call that 0); 0 is without the prompt. height, width:
+    in pixels, None for the model's. init_image (PIL): start from it, strength in (0, 1] of the way
+    back to noise. mask_image (PIL): redraw init_image where this is white. latents (B, 4, h, w):
+    noise to start from. frames: a list that receives the x_0 predicted at each step, of the first
+    batch. ValueError names an argument that is wrong.
     """
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if progress:
-        check_length(pipe, [negative_prompt, *prompts])
     guidance = pipe.guidance if guidance is None else guidance
     check_range("num-images", num_images, 1, 10_000)
-    check_range("seed", seed, 0, 2**60)
     check_range("guidance", guidance, -100, 1000)
     check_range("strength", strength, 0.001, 1)
-    prompts = [text for text in prompts for _ in range(num_images)]
+    check_sampler(sampler)
+    seed = check_seed(seed)
+    prompts, negatives = pair_prompts(prompt, negative_prompt, num_images)
+    if progress:
+        check_length(pipe, prompts + negatives)
+    init_image = check_picture("init_image", init_image)
+    mask_image = check_picture("mask_image", mask_image, "black")
     height, width = picture_size(pipe, height, width, init_image)
     h, w = math.ceil(height / pipe.vae.f), math.ceil(width / pipe.vae.f)
+    check_latents(latents, (len(prompts), 4, h, w))
     times = pipe.schedule.timesteps(steps, sampler)            # [(t, t_prev), ...]
     x, redraw = prepare_edit(pipe, init_image, mask_image, h, w)
     if init_image:
@@ -589,20 +712,18 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
     batch_size = max(1, 4 * 64 * 64 // (h * w))                # as many at once as memory allows
     for first in range(0, len(prompts), batch_size):
         batch = prompts[first:first + batch_size]
-        generators = [torch.Generator().manual_seed(seed + first + k) for k in range(len(batch))]
+        rngs = [torch.Generator("cpu").manual_seed(seed + first + k) for k in range(len(batch))]
 
-        def randn():                                           # (B, 4, h, w), each its own
-            noise = [torch.randn(4, h, w, generator=generator) for generator in generators]
-            return torch.stack(noise).to(pipe.device)
+        def randn():
+            return draw_noise(rngs, h, w).to(pipe.device)
 
-        context = encode_prompts(pipe, [negative_prompt] * len(batch) + batch)     # (2*B, L, D)
+        context = encode_prompts(pipe, negatives[first:first + batch_size] + batch)
         if init_image:                                         # picture to picture, inpainting
             z, model = start_edit(pipe, x, redraw, strength, context, guidance, times, randn)
         else:
             model = guided(pipe.unet, context, guidance)
             z = randn()
             if latents is not None:
-                assert latents.shape[2:] == (h, w), f"latents should be {h}x{w}"
                 z = latents[first:first + batch_size].to(pipe.device).float()
 
         denoising = SAMPLERS[sampler](pipe.schedule, model, z, times, randn)
@@ -646,13 +767,13 @@ def write_json(path, value):
 def write_part(module, folder, part):
     """Write config.json and weights of a part, as diffusers and transformers read them."""
     write_json(folder / "config.json", module.to_config())
-    state = {name: tensor.contiguous() for name, tensor in module.state_dict().items()}
+    state = {re.sub(WRAPPERS, "", name): tensor.contiguous()
+             for name, tensor in module.state_dict().items()}
     name = "diffusion_pytorch_model.safetensors" if part in ("unet", "vae") else "model.safetensors"
     save_file(state, folder / name, {"format": "pt"})
 
 def write_tokenizer(tokenizer, folder):
     """Write tokenizer.json, vocab.json and merges.txt."""
-    tokenize(tokenizer, [""])                    # tokenizer.json keeps the last padding: this one
     tokenizer.save_pretrained(folder)
     tokenizer.backend_tokenizer.model.save(str(folder))
 
@@ -684,7 +805,9 @@ def save_pipeline(pipe, folder, parts=PARTS):
 
 def run_command(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")          # as stderr: it can show any name
+    warnings.filterwarnings("ignore", "Detected pickle protocol")      # torch's, no help to users
+    for stream in (sys.stdout, sys.stderr):                    # on any console: show any name
+        stream.reconfigure(errors="backslashreplace")
     status = 1
     try:
         return main(args)
