@@ -67,13 +67,14 @@ def to_text(text):
 def tokenize(tokenizer, texts):
     """texts (list of str) -> ids (B, L) int64: start, text, end, padding. Longer texts are cut."""
     L = min(tokenizer.model_max_length, 77)                    # without a limit, that is huge
-    ids = torch.full((len(texts), L), tokenizer.pad_token_id, dtype=torch.int64, device="cpu")
+    texts = [to_text(text) for text in texts]
+    rows = []
     # To ask the tokenizer to cut and pad would change its settings, which all threads share.
-    rows = tokenizer([to_text(text) for text in texts], verbose=False).input_ids
-    for i, row in enumerate(rows):
-        row = row[:-1][:L - 1] + row[-1:]                      # cut, but keep the end of text
-        ids[i, :len(row)] = torch.tensor(row)
-    return ids
+    for row in tokenizer(texts, verbose=False).input_ids:
+        if len(row) > L:
+            row = row[:L - 1] + row[-1:]                       # keep the end of text
+        rows.append(row + [tokenizer.pad_token_id] * (L - len(row)))
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 # ---- The transformer that both towers share ------------------------------------------------------
 

@@ -78,12 +78,13 @@ class NoiseSchedule:
         self.T = T = config["num_train_timesteps"]
         self.prediction_type = config["prediction_type"]
         start, end, kind = config["beta_start"], config["beta_end"], config["beta_schedule"]
+        double = dict(dtype=torch.float64, device="cpu")
         if kind == "linear":                                   # DDPM, section 4
-            beta = torch.linspace(start, end, T, dtype=torch.float64)
+            beta = torch.linspace(start, end, T, **double)
         elif kind == "scaled_linear":                          # linear in sqrt(beta)
-            beta = torch.linspace(start**0.5, end**0.5, T, dtype=torch.float64) ** 2
+            beta = torch.linspace(start**0.5, end**0.5, T, **double) ** 2
         elif kind == "squaredcos_cap_v2":                      # Nichol & Dhariwal 2021, Eq. 17
-            u = torch.arange(T + 1, dtype=torch.float64) / T
+            u = torch.arange(T + 1, **double) / T
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
         else:
@@ -91,12 +92,12 @@ class NoiseSchedule:
                              "or squaredcos_cap_v2")
         # A product of a thousand factors near 1: multiply in float64, keep in float32.
         alpha_bar = torch.cumprod(1 - beta, dim=0)
-        if config["rescale_betas_zero_snr"]:
-            alpha_bar = zero_terminal_snr(alpha_bar)
-            beta[1:] = 1 - alpha_bar[1:] / alpha_bar[:-1]
         if not (beta.min() > 0 and beta.max() < 1 and alpha_bar[-1].float() > 0):
             raise ValueError(f"beta_start = {start}, beta_end = {end}: beta should be above 0 and "
                              "below 1, and leave some of the signal")
+        if config["rescale_betas_zero_snr"]:
+            alpha_bar = zero_terminal_snr(alpha_bar)
+            beta[1:] = 1 - alpha_bar[1:] / alpha_bar[:-1]
         self.beta = beta.float()
         self.alpha_bar = alpha_bar.float()
         self.snr = (alpha_bar / (1 - alpha_bar)).float()
@@ -111,13 +112,17 @@ class NoiseSchedule:
             if config.get(key):
                 raise ValueError(f"{key} = {config[key]!r} is not supported")
         allowed = dict(
-            _class_name=SAME_MODELS,
             prediction_type=("epsilon", "v_prediction"),
             timestep_spacing=("leading", "trailing", "linspace"),
+            timestep_type=("discrete",),
         )
         for key, values in allowed.items():
             if config.get(key, values[0]) not in values:
-                raise ValueError(f"{key} = {config[key]!r} is not one of {', '.join(values)}")
+                raise ValueError(f"{key} = {config[key]!r} is not {' or '.join(values)}")
+        name = config.get("_class_name", "DDIMScheduler")
+        if name not in SAME_MODELS:
+            raise ValueError(f"_class_name = {name!r} is not supported: its models predict "
+                             "something else")
         for key in cls.DEFAULTS:
             if key in config and config[key] is None:
                 raise ValueError(f"{key} = null is not supported")
@@ -171,7 +176,8 @@ class NoiseSchedule:
             eps = abar**0.5 * output + (1 - abar) ** 0.5 * x_t
         else:
             eps = output
-            x0 = (x_t - (1 - abar) ** 0.5 * eps) / abar**0.5           # Eq. 4 solved for x_0
+            # Eq. 4 solved for x_0. Where abar is 0, x_t is all noise and any x_0 will do.
+            x0 = (x_t - (1 - abar) ** 0.5 * eps) / (abar + TINY * (abar == 0)) ** 0.5
         return x0, eps
 
     def posterior(self, x0, x_t, t, t_prev):
@@ -220,7 +226,9 @@ class NoiseSchedule:
 
 # The samplers of diffusers whose models predict what this file's do: eps or v.
 SAME_MODELS = (
+    "DDIMParallelScheduler",
     "DDIMScheduler",
+    "DDPMParallelScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
     "DPMSolverMultistepScheduler",
@@ -244,8 +252,9 @@ def zero_terminal_snr(alpha_bar):
     """
     root = alpha_bar.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    root[-1] = 2**-12                                          # nearly 0: nothing divides by it
     return root**2
+
+TINY = 2**-24    # stands for an abar of 0 where something divides by it, as in diffusers
 
 # ---- The training loss ---------------------------------------------------------------------------
 
@@ -261,7 +270,7 @@ def diffusion_loss(schedule, output, x0, t, noise, min_snr=0.0):
     target = schedule.velocity(x0, t, noise) if v_prediction else noise
     loss = (output.float() - target.float()).square().flatten(1).mean(dim=1)
     if min_snr > 0:
-        snr = schedule.snr.to(t.device)[t]
+        snr = schedule.snr.to(t.device)[t].clamp(min=TINY)
         x0_weight = snr + 1 if v_prediction else snr           # that the loss has by itself
         loss = loss * snr.clamp(max=min_snr) / x0_weight
     return loss
@@ -347,7 +356,7 @@ def dpmpp(schedule, model, x, times, randn):
 
 def a_s_lambda(schedule, t):
     """Signal a = sqrt(abar), noise s = sqrt(1 - abar), and log(a / s), at an int t."""
-    abar = schedule.alpha_bar[t].item()
+    abar = schedule.alpha_bar[t].item() or TINY
     a, s = abar**0.5, (1 - abar) ** 0.5
     return a, s, math.log(a / s)
 

@@ -133,7 +133,8 @@ def find(model, parts=()):
     """
     if Path(model).exists():
         return Path(model)
-    model = Path(model).as_posix()
+    if isinstance(model, Path):
+        model = model.as_posix()                               # / on Windows, too
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise ValueError(f"{model}: no such file, folder or hub id; `python train.py` makes one")
     if model in MOVED:
@@ -170,6 +171,8 @@ def read_json(path):
 
 def check_start(data):
     """ValueError where a file begins like what often lies in the place of a download."""
+    if not data:
+        raise ValueError("this file is empty")
     if data.startswith(b"version https://git-lfs"):
         raise ValueError("this is a Git LFS pointer, not the file; run `git lfs pull`")
     if re.match(rb"(\xef\xbb\xbf)?\s*<[!?a-z]", data, re.IGNORECASE):
@@ -198,7 +201,7 @@ BOOKKEEPING = (
 SAFE_GLOBALS_LOCK = threading.Lock()
 
 # What torch.compile and DataParallel put before the names of a model that they wrap.
-WRAPPERS = r"^module\.|_orig_mod\.(module\.)?"
+WRAPPERS = r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module)\.(module\.)*"
 
 def read_weights(path):
     """A file of weights, whatever its ending -> {name: tensor}. ValueError names the file."""
@@ -206,12 +209,14 @@ def read_weights(path):
         with open(path, "rb") as file:
             start = file.read(100)
             file.seek(0)
-            if start[8:9] == b"{":                             # after the length of a JSON header
+            # A safetensors begins with the length of a header in JSON, 8 bytes, and this header.
+            length = int.from_bytes(start[:8], "little")
+            if start[8:9] == b"{" and length < path.stat().st_size:
                 state = load_file(path)
             else:
                 check_start(start)
-                if start[:1] == b"{":
-                    raise ValueError("this is JSON, not weights")
+                if not start.startswith((b"PK", b"\x80")):     # zip (of today) and pickle
+                    raise ValueError(f"these are no weights; they begin with {start[:20]}")
                 state = read_pickle(file)
         state = state.get("state_dict", state)
         return {re.sub(WRAPPERS, "", name): tensor
@@ -284,8 +289,9 @@ def load_tokenizer(source, text_encoder):
     embeddings = text_encoder.text_model.embeddings
     known = embeddings.token_embedding.num_embeddings
     with naming(f"{folder}: no usable CLIP tokenizer"):
-        for path in folder.glob("*.[jt]*"):                    # .json, .txt
-            check_start(path.read_bytes())
+        for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            if (folder / name).is_file():
+                check_start((folder / name).read_bytes())
         tokenizer = CLIPTokenizer.from_pretrained(folder)      # without files: 2 tokens
         assert 2 < len(tokenizer) <= known, "no files, or more tokens than the text encoder knows"
         tokenizer.model_max_length = embeddings.position_embedding.num_embeddings      # L
@@ -398,6 +404,8 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         pipe = load_single_file(path, parts)
         tokenizer = tokenizer or "openai/clip-vit-large-patch14"
     if prediction_type:
+        if prediction_type not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type {prediction_type!r}: epsilon or v_prediction")
         pipe.schedule.prediction_type = prediction_type
     for part in parts:
         keep_float32 = part == "vae" and dtype == torch.float16
@@ -449,36 +457,69 @@ def open_picture(path, background="white"):
             data = Path(path).read_bytes()
             if not data.startswith(b"\x89PNG"):
                 raise
-            return upright_rgb(Image.open(io.BytesIO(without_metadata(data))), background)
+        # Pillow refuses a PNG for its metadata. Leave them out, at first all but EXIF.
+        with contextlib.suppress(Exception):
+            return upright_rgb(Image.open(png_chunks(data, b"eXIf")), background)
+        return upright_rgb(Image.open(png_chunks(data)), background)
 
-def without_metadata(png):
-    """The bytes of a PNG without texts and the like. Pillow refuses it where these are damaged."""
-    kept, start = png[:8], 8
-    while start < len(png):                                    # length, name, data, checksum
-        end = start + int.from_bytes(png[start:start + 4], "big") + 12
-        if png[start + 4:start + 8] in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"):
-            kept += png[start:end]
+def png_chunks(data, *further):
+    """A PNG with nothing but its pixels (and further chunks), as a file in memory."""
+    needed = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", *further)
+    kept, start = data[:8], 8
+    while start < len(data):                                   # length, name, content, checksum
+        end = start + int.from_bytes(data[start:start + 4], "big") + 12
+        if data[start + 4:start + 8] in needed:
+            kept += data[start:end]
         start = end
-    return kept
+    return io.BytesIO(kept)
+
+TURNS = {                                                      # of the EXIF tag Orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 def upright_rgb(image, background="white"):
     """Any PIL picture -> RGB, turned as its EXIF says, on a background where it is transparent."""
     image.load()
+    turn = None
     with contextlib.suppress(Exception):                       # damaged EXIF costs no pixels
-        image = ImageOps.exif_transpose(image)
+        turn = TURNS.get(image.getexif().get(0x0112))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode[0] in "IF":                                  # 16 or 32 bits, or floats
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64)).clip(0)
-        tops = [65535] if image.mode.startswith("I;16") else [1, 255, 65535]
-        top = next((top for top in tops if values.max() <= top), values.max())
-        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
+        image = Image.fromarray(eight_bits(np.asarray(image), image.mode))
     if image.has_transparency_data:
         paper = Image.new("RGBA", image.size, background)
         image = Image.alpha_composite(paper, image.convert("RGBA"))
-    return image.convert("RGB")
+    image = image.convert("RGB")
+    image.info = {}                                            # turned: no EXIF any more
+    return image
+
+def eight_bits(values, mode):
+    """Grey values (H, W) of a picture of mode I;16, I or F -> uint8.
+
+    I and F leave open what is white: the first of 1, 255 and 65535 that is large enough, or else
+    the largest value.
+    """
+    values = values.astype(np.float64)
+    values[~np.isfinite(values)] = 0
+    values -= min(values.min(), 0)
+    high = values.max()
+    white = next((white for white in (1, 255, 65535) if high <= white), high)
+    if 1 < high < 16:                                          # 0 to 1, with some values beyond
+        white = high
+    if mode.startswith("I;16"):
+        white = 65535
+    return (values * 255 / white).round().astype(np.uint8)
 
 def picture_to_tensor(image, height, width):
     """PIL -> (1, 3, height, width) in [-1, 1]: scaled, cropped at the centre, never stretched."""
-    image = ImageOps.fit(upright_rgb(image), (width, height), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 def tensor_to_pictures(x):
@@ -561,16 +602,18 @@ def check_seed(seed):
 
 def check_latents(latents, shape):
     """ValueError unless they are None, or have this shape."""
-    if latents is not None and latents.shape != shape:
-        raise ValueError(f"latents should be {shape}, for these prompts, and not {latents.shape}")
+    if latents is not None and not (torch.is_tensor(latents) and latents.shape == shape):
+        raise ValueError(f"latents should be a tensor {shape}, for these prompts")
 
 def pair_prompts(prompt, negative_prompt, num_images):
     """Texts or lists of texts -> prompts and negative prompts, two lists, one for each picture."""
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
     negatives = negative_prompt
-    if negatives is None or isinstance(negatives, str):
+    if not isinstance(negatives, (list, tuple)):
         negatives = [negatives for _ in prompts]
     negatives = [text or "" for text in negatives]             # None: nothing to avoid
+    if not all(isinstance(text, str) for text in prompts + negatives):
+        raise ValueError("prompt and negative_prompt should be texts, or lists of texts")
     if len(negatives) != len(prompts):
         raise ValueError(f"negative_prompt: {len(negatives)} texts, for {len(prompts)} prompts")
     prompts = [text for text in prompts for _ in range(num_images)]

@@ -769,6 +769,9 @@ def test_schedule_and_timesteps_equal_diffusers(sampler, spacing):
             times = [t for t, _ in ours.timesteps(steps, sampler)]
             assert times == theirs.timesteps.tolist(), (kind, offset, steps)
         assert max(ours.timesteps(1000, sampler))[0] <= 999
+    config = dict(rescale_betas_zero_snr=True)                     # of diffusers' default betas
+    theirs = diffusers.DDIMScheduler.from_config(config).alphas_cumprod
+    assert torch.allclose(NoiseSchedule.from_config(config).alpha_bar, theirs, atol=1e-6)
 
 @pytest.mark.parametrize("trial", range(25))
 @pytest.mark.parametrize("sampler", SCHEDULERS)
@@ -925,7 +928,6 @@ def test_any_size_is_drawn_and_cropped_and_a_large_picture_is_shrunk(small):
     assert decibel(odd, [draw(pipe, height=52, width=92)[0].crop((0, 0, 90, 50))]) > 80
     assert draw(pipe, init_image=photo(800, 200))[0].size == (128, 32)
     assert draw(pipe, init_image=photo(90, 50))[0].size == (90, 50)
-    assert draw(pipe, init_image=photo(90, 50), height=40)[0].size == (90, 40)
 
 def test_generate_takes_what_python_users_bring(small, tmp_path, capsys):
     pipe = load_pipeline(small)
@@ -999,7 +1001,6 @@ def test_saved_pipeline_is_the_same_model_and_its_files_are_readable_by_others(t
     assert again.guidance == 3.5 and again.vae.scaling_factor == 0.7
     assert again.schedule.to_config() == pipe.schedule.to_config()
     assert decibel(draw(again), draw(pipe, guidance=3.5, height=20, width=20)) > 80
-    assert not any(getattr(again, part).training for part in PARTS)
     theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "a/text_encoder")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "a/tokenizer")
     ids = tokenizer(["a red house"], padding="max_length", return_tensors="pt").input_ids
@@ -1045,7 +1046,6 @@ def test_single_file_is_its_folders_model(published, narrow_single_files, tmp_pa
     ids = tokenize(ours.tokenizer, ["fog"])[0].tolist()
     pad = "!" if "Diffusion 2" in kind else "<|endoftext|>"
     assert len(ids) == 77 and ids[-1] == ids[-2] == ours.tokenizer.get_vocab()[pad]
-    assert ids.index(ours.tokenizer.eos_token_id) < 10
     part = load_pipeline(path, parts=["unet"], prediction_type="v_prediction")
     assert part.schedule.prediction_type == "v_prediction" and part.vae is None
 
@@ -1063,11 +1063,9 @@ def test_single_file_configs_are_the_published_ones(kind):
 @pytest.mark.parametrize("remove, add, size, words", [
     ("first_stage_model.decoder.up.1.block.0.conv1", "", (), "decoder.up_blocks.2.resnets.0.conv1"),
     ("x", "first_stage_model.quant_conv.bias", 5, r"quant_conv.bias is \(5,\), not \(8,"),
-    ("x", "model.diffusion_model.label_emb.0.0.weight", 5, "label_emb.0.0.weight has no place"),
     ("cond_stage_model", "", (), "text_encoder"),
-    ("model.diffusion_model", "", (), "model.diffusion_model"),
-    ("x", "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight", (64, 2048),
-     "2048")])
+    ("x", "model.diffusion_model.label_emb.0.0.weight", 5, "label_emb.0.0.weight has no place"),
+    ("model.diffusion_model", "", (), "model.diffusion_model")])
 def test_single_file_that_does_not_fit_is_an_error_that_names_it(
         published, narrow_single_files, tmp_path, remove, add, size, words):
     state = single_file_state(published[SD1])
@@ -1210,7 +1208,7 @@ def test_open_picture_reads_every_kind(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6                                               # to be turned clockwise
     deep = Image.fromarray(np.full((20, 40), 40000, np.uint16))
-    half = np.repeat([[1, 0.25]], 20, axis=1).repeat(20, axis=0)   # whole, and a quarter
+    half = np.repeat([[1, 0.25]], 20, axis=1).repeat(20, axis=0)   # white, and a quarter of it
     for name, picture, left, right in (
             ("palette.png", flag.convert("P"), (255, 0, 0), (0, 0, 255)),
             ("cmyk.jpg", flag.convert("CMYK"), (255, 0, 0), (0, 0, 255)),
@@ -1219,22 +1217,24 @@ def test_open_picture_reads_every_kind(tmp_path):
             ("float.tiff", Image.fromarray(np.float32(half)), (255, 255, 255), (64, 64, 64)),
             ("int.tiff", Image.fromarray(np.int32(half * 200)), (200, 200, 200), (50, 50, 50)),
             ("long.tiff", Image.fromarray(np.int32(half * 2e9)), (255, 255, 255), (64, 64, 64)),
+            ("over.tiff", Image.fromarray(np.float32(half * 1.01)), (255, 255, 255), (64, 64, 64)),
             ("deep.png", deep, (156, 156, 156), (156, 156, 156))):
         picture.save(tmp_path / name)
         opened = sample.open_picture(tmp_path / name)
         assert opened.mode == "RGB" and opened.size == (40, 20), name
         assert opened.getpixel((5, 5)) == pytest.approx(left, abs=20), name
         assert opened.getpixel((35, 5)) == pytest.approx(right, abs=20), name
-    flag.save(tmp_path / "turned.png", exif=exif)
-    assert sample.open_picture(tmp_path / "turned.png").getpixel((10, 5)) == (255, 0, 0)
     text = PngImagePlugin.PngInfo()
     text.add_text("more than Pillow reads", "x" * 2**21, zip=True)
-    flag.save(tmp_path / "text.png", pnginfo=text)
+    flag.save(tmp_path / "words.png", pnginfo=text)
+    flag.save(tmp_path / "turned.png", exif=exif)
+    flag.save(tmp_path / "both.png", pnginfo=text, exif=exif)
     flag.save(tmp_path / "exif.png", exif=b"broken")
     flag.save(tmp_path / "exif.jpg", exif=b"Exif\0\0broken")
-    for name in ("text.png", "exif.png", "exif.jpg"):              # metadata cost no pixels
-        assert sample.open_picture(tmp_path / name).getpixel((5, 5))[0] > 250
-    assert sample.open_picture(tmp_path / "layer.png", "black").getpixel((35, 5)) == (0, 0, 0)
+    for name in ("turned.png", "both.png", "words.png", "exif.png", "exif.jpg"):
+        opened = sample.open_picture(tmp_path / name)              # metadata cost no pixels
+        assert opened.getpixel((5, 5))[0] > 250 and opened.size[name[0] not in "tb"] == 20
+        assert pixels(sample.upright_rgb(opened)).tolist() == pixels(opened).tolist()
     (tmp_path / "cut.png").write_bytes((tmp_path / "layer.png").read_bytes()[:70])
     with pytest.raises(ValueError, match="cut.png"):
         sample.open_picture(tmp_path / "cut.png")
@@ -1246,7 +1246,6 @@ def test_pictures_are_cropped_never_stretched_and_come_back():
     x = picture_to_tensor(photo(), 64, 64)
     assert (pixels(sample.tensor_to_pictures(x)[0]) == pixels(photo())).all()
     assert pixels(sample.tensor_to_pictures(3 * x)[0]).max() == 255
-    assert sample.grid([photo(8, 4)] * 5, columns=5).size == (40, 4)
 
 # ---- sample.py: the command line -----------------------------------------------------------------
 
@@ -1451,7 +1450,7 @@ def test_image_folder_takes_captions_in_the_promised_order(tmp_path):
 BARN, LINE = "a barn, \u00e9t\u00e9", '{"file_name": "train/a.png", "text": %s}'
 
 @pytest.mark.parametrize("file, content, caption", [
-    ("metadata.jsonl", LINE % f'["{BARN}", "dawn"]', BARN), ("metadata.jsonl", LINE % 0, "0"),
+    ("metadata.jsonl", LINE % f'["", "{BARN}", "dawn"]', BARN), ("metadata.jsonl", LINE % 0, "0"),
     ("train/metadata.jsonl", LINE.replace("train/", "") % f'"{BARN}"', BARN),
     ("train/metadata.csv", f'file_name,caption\na.png,"{BARN}"\n'.encode("utf-16"), BARN),
     ("metadata.jsonl", LINE % "null", "train"), ("train/a.TXT", BARN, BARN),
@@ -1459,13 +1458,15 @@ BARN, LINE = "a barn, \u00e9t\u00e9", '{"file_name": "train/a.png", "text": %s}'
     ("train/a.txt", BARN.encode("utf-16"), BARN), ("train/a.txt", BARN.encode("cp1252"), "train"),
     ("train/a.txt", BARN.encode("utf-32"), BARN), ("train/a.txt", b"b\0a\0r\0n\0", "train"),
     ("train/b.txt", BARN, "train"), ("metadata.jsonl", '{"image": "a.png", "prompt": "b"}', None),
-    ("train/metadata.csv", "file,text\na.png,b\n", None), ("metadata.jsonl", "{", None)])
+    ("train/metadata.csv", "file,text\na.png,b\n", None), ("metadata.jsonl", "{", None),
+    ("train/metadata.csv", f"file_name,text\na.png,{BARN}\n", None)])
 def test_image_folder_finds_captions_as_others_write_them(tmp_path, capsys, file, content, caption):
     save_picture(tmp_path / "train/a.png")
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / file).write_bytes(content)
     if caption is None:
-        with pytest.raises(ValueError, match=f"{file}: .*(not (image, prompt|file, text)|char 1)"):
+        words = "not (image, prompt|file, text)|char 1|quotes"
+        with pytest.raises(ValueError, match=f"{file}: .*({words})"):
             ImageFolder(tmp_path, 16)
         return
     data = ImageFolder(tmp_path, 16)
@@ -1475,7 +1476,7 @@ def test_image_folder_finds_captions_as_others_write_them(tmp_path, capsys, file
     source = "metadata" if "metadata" in file else "text files"
     source = "folder names" if caption == "train" else source
     assert train.describe_captions(data) == (
-        f"captions: 1 from {source}; caption files that are not used: {int('b.txt' in file)}\n"
+        f"captions: 1 from {source}; caption files not used: {int('b.txt' in file)}\n"
         f"for example: {caption} | {caption} | {caption}")
 
 def test_image_folder_takes_pictures_of_any_name(tmp_path, capsys):
@@ -1860,7 +1861,7 @@ def test_fine_tuning_keeps_the_other_parts(trained, begin, tmp_path, learn, monk
     unet, path = begin(name="unet"), trained / ".." / trained.name             # another spelling
     printed = learn("all", unet, f"--init {trained} --steps 2 --flip --resume")
     assert "228 pictures" in printed and "; unet on" in printed and "nothing to resume" in printed
-    assert "captions: 120 from metadata; caption files that are not used: 0\nfor ex" in printed
+    assert "captions: 114 from metadata; caption files not used: 0\nfor example: " in printed
     assert "nothing" not in learn("all", unet, f"--init {path} --steps 2 --flip --resume")
     learn("vae", tmp_path / "vae", f"--init {single} --tokenizer {trained} --steps 2")
     old = weights(trained)

@@ -191,7 +191,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")      # before torch: see sample.
 
 import codecs
 import collections
-import contextlib
 import copy
 import csv
 import functools
@@ -201,7 +200,6 @@ import math
 import re
 import signal
 import subprocess
-import textwrap
 import zlib
 
 import torch
@@ -244,11 +242,14 @@ class ImageFolder(Dataset):
         if not names:
             raise ValueError(f"--data {root}: no such folder, or no pictures (.png, .jpg) in it")
         table = self.read_metadata(tables)
-        if table and not set(table) & set(names):
+        strange = set(table) - set(names)
+        if strange and len(strange) == len(table):
             raise ValueError(f"--data {root}: no file_name of its metadata is a picture in it")
-        self.sources = collections.Counter()         # where captions come from: how many
+        if strange:
+            self.log(f"lines of metadata for {len(strange)} pictures that are not there, such as "
+                     f"{min(strange)}")
         self.unused = set(texts)                     # text files that are no picture's caption
-        captions = {name: self.find_caption(name, table, texts) for name in names}
+        found = {name: self.find_caption(name, table, texts) for name in names}
         if len(names) >= 20:                         # else too few to spare any
             if split == "val":
                 names = names[10::20]
@@ -257,7 +258,8 @@ class ImageFolder(Dataset):
         if max_images and max_images < len(names):
             names = [names[k * len(names) // max_images] for k in range(max_images)]
         self.names = names
-        self.captions = [to_text(captions[name]) for name in names]
+        self.captions = [to_text(found[name][1]) for name in names]
+        self.sources = collections.Counter(found[name][0] for name in names)
         self.mirrored_from = len(names)
         if flip:
             self.names *= 2
@@ -265,16 +267,14 @@ class ImageFolder(Dataset):
         self.broken = set()
 
     def find_files(self):
-        """Paths below root: [pictures], [metadata], {text file: how its ending is spelt}, sorted.
+        """Paths below root -> [pictures], [files of metadata], {text file, .TXT as .txt: itself}.
 
         Passes over hidden files and folders, and over models with their samples.
         """
         kinds = Image.registered_extensions()
         pictures, tables, texts, others = [], [], {}, []
         for folder, folders, files in os.walk(self.root):
-            if "train_state" in folders or Path(folder).name.startswith("."):
-                folders.clear()
-                continue
+            folders[:] = [name for name in folders if not is_hidden(Path(folder, name))]
             for file in files:
                 path = Path(folder, file).relative_to(self.root)
                 ending = path.suffix.lower()
@@ -282,11 +282,11 @@ class ImageFolder(Dataset):
                     continue
                 if file.lower() in ("metadata.csv", "metadata.jsonl"):
                     tables.append(path)
-                elif ending in (".txt", ".caption"):
-                    texts[str(path.with_suffix(ending))] = path.suffix
+                elif ending in (".txt", ".caption", ".json", ".jsonl", ".csv"):
+                    texts[str(path.with_suffix(ending))] = path
                 elif ending in kinds or can_open(self.root / path):
                     pictures.append(str(path))
-                elif ending not in (".json", ".jsonl", ".csv"):
+                else:
                     others.append(str(path))
         if others:
             self.log(f"{len(others)} files that Pillow cannot open, such as {min(others)}")
@@ -300,7 +300,7 @@ class ImageFolder(Dataset):
     def read_metadata(self, tables):
         """{picture: caption} of files of metadata. ValueError names one that lacks a column.
 
-        file_name counts from the file's own folder. Where two files tell of one picture, the
+        file_name is a path from the folder of its file. Where two files tell of one picture, the
         deeper one counts, and metadata.jsonl before metadata.csv.
         """
         captions = {}
@@ -312,39 +312,36 @@ class ImageFolder(Dataset):
                 else:
                     lines = [json.loads(line) for line in text.split("\n") if line.strip()]
                 for line in lines:
-                    column = "text" if "text" in line else "caption"
-                    if not {"file_name", column} <= set(line):
+                    if "file_name" not in line or not {"text", "caption"} & set(line):
                         raise ValueError("its columns should be file_name and text, not "
                                          + ", ".join(map(str, line)))
-                    caption = line[column]
-                    if isinstance(caption, list):    # several: the first
-                        caption = caption[0] if caption else None
-                    if caption not in (None, ""):
+                    if None in line:                 # what csv has beyond its columns
+                        raise ValueError("a text with a comma should be in quotes")
+                    caption = first_text([line.get("text"), line.get("caption")])
+                    if caption:
                         name = os.path.normpath(path.parent / line["file_name"])
-                        captions[name] = str(caption)
+                        captions[name] = caption
         return captions
 
     def find_caption(self, name, table, texts):
-        """What is said of a picture in metadata, beside it, by its folder's name or by its own."""
+        """What is said of a picture -> (where, caption): in metadata, beside it, or in its path."""
         if name in table:
-            self.sources["metadata"] += 1
-            return table[name]
+            return "metadata", table[name]
         path = Path(name)
         for ending in (".txt", ".caption"):
             for beside in (str(path.with_suffix(ending)), name + ending):
                 if beside not in texts:
                     continue
-                file = (self.root / beside).with_suffix(texts[beside])
                 self.unused.discard(beside)
                 try:
-                    caption = read_text(file).strip()
-                    self.sources["text files"] += 1
-                    return caption
-                except UnicodeError as error:
-                    self.log(f"{file}: {error}")
-        self.sources["folder names" if path.parent.name else "file names"] += 1
+                    caption = read_text(self.root / texts[beside]).strip()
+                    if caption:
+                        return "text files", caption
+                except (UnicodeError, OSError) as error:
+                    self.log(f"{texts[beside]}: {error}")
         words = path.parent.name or path.stem
-        return words.replace("_", " ").replace("-", " ")
+        source = "folder names" if path.parent.name else "file names"
+        return source, words.replace("_", " ").replace("-", " ")
 
     def __len__(self):
         return len(self.names)
@@ -365,6 +362,21 @@ class ImageFolder(Dataset):
                 self.broken.add(name)
         raise ValueError(f"--data {self.root}: none of the pictures can be read")
 
+def is_hidden(folder):
+    """Whether a folder is a hidden one, or a model with its samples."""
+    return folder.name.startswith(".") or (folder / "train_state").is_dir()
+
+def first_text(values):
+    """The first text in a list of texts, numbers, None and lists of these, or None. ValueError."""
+    for value in values:
+        if isinstance(value, list):
+            value = first_text(value)
+        if isinstance(value, dict):
+            raise ValueError("a caption should be a text, not a table")
+        if value is not None and str(value).strip():
+            return str(value).strip()
+    return None
+
 def can_open(path):
     """Whether Pillow knows a file for a picture, whatever its name."""
     try:
@@ -373,29 +385,31 @@ def can_open(path):
     except Exception:
         return False
 
-BYTE_ORDER_MARKS = {                                 # in this order: one begins like another
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
+BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF32_LE: "utf-32",                   # it begins with that of UTF-16
+    codecs.BOM_UTF32_BE: "utf-32",
 }
 
 def read_text(path):
     """A text file in UTF-8, or as its byte order mark says -> str. UnicodeError: neither."""
     data = path.read_bytes()
-    encodings = [BYTE_ORDER_MARKS[mark] for mark in BYTE_ORDER_MARKS if data.startswith(mark)]
-    with contextlib.suppress(UnicodeDecodeError):
-        text = data.decode([*encodings, "utf-8-sig"][0])
-        if "\0" not in text:                         # UTF-16 without a mark may seem to be UTF-8
-            return text
-    raise UnicodeError("not UTF-8, and without a byte order mark")
+    encoding = "utf-8-sig"
+    for mark, name in BYTE_ORDER_MARKS.items():
+        if data.startswith(mark):
+            encoding = name
+    text = data.decode(encoding)
+    if "\0" in text:                                 # UTF-16 without a mark may seem to be UTF-8
+        raise UnicodeError("not text in UTF-8")
+    return text
 
 def describe_captions(data):
     """Two lines: where the captions of an ImageFolder come from, and three of them."""
     sources = ", ".join(f"{count} from {source}" for source, count in data.sources.items())
-    places = [k * len(data) // 3 for k in range(3)]
-    examples = [textwrap.shorten(data.captions[k], 60, placeholder="...") for k in places]
-    return (f"captions: {sources}; caption files that are not used: {len(data.unused)}\n"
+    texts = [data.captions[k * len(data) // 3] for k in range(3)]
+    examples = [" ".join(text.split())[:60] for text in texts]
+    return (f"captions: {sources}; caption files not used: {len(data.unused)}\n"
             f"for example: {' | '.join(examples)}")
 
 def open_data(args):
@@ -656,8 +670,9 @@ class Training:
                 "grad_checkpoint", "device", "compile")
         flags = {flag: str(value) for flag, value in vars(self.args).items() if flag not in free}
         for flag in ("init", "text_encoder", "tokenizer"):
-            if Path(flags[flag]).exists():                     # however its path is spelt
-                flags[flag] = str(Path(flags[flag]).resolve())
+            name = flags[flag]
+            if name not in ("None", "scratch") and Path(name).exists():
+                flags[flag] = str(Path(name).resolve())        # however it is spelt
         return dict(flags, steps=self.steps)
 
     def save(self, pipe, parts):
@@ -1087,7 +1102,7 @@ def main(args):
               f"on {args.device} in {args.dtype}; the model goes to {args.out}/")
         print(describe_captions(data))
         states = [args.out / "train_state" / f"{stage}.pt" for stage in stages]
-        if args.resume and not any(state.exists() for state in states):
+        if args.resume and stages != ["eval"] and not any(state.exists() for state in states):
             print(f"--resume: there is nothing to resume in {args.out}/; the run begins")
     for stage in stages:
         torch.manual_seed(args.seed)                 # a stage starts the same, alone or not

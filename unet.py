@@ -414,9 +414,11 @@ class UNet(nn.Module):
         )
         for key, value in required.items():
             given = config.get(key, value)
-            if given != value and not (given is None and value is False):
+            if given is None and value is False:
+                given = False
+            if given != value:
                 raise ValueError(f"{key} = {given!r} is not supported, only {value!r}")
-        # null is False for a switch, no middle, or no size; it means no other default.
+        # null is no middle, no size, or False for a switch. It stands for no other default.
         unet = {**cls.DEFAULTS, "cross_attention_dim": 1280, **config}         # as in diffusers
         unet["sample_size"] = unet["sample_size"] or cls.DEFAULTS["sample_size"]
         for key, value in cls.DEFAULTS.items():
