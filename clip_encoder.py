@@ -105,9 +105,8 @@ class Attention(nn.Module):
         # softmax stays soft. Each output is the mean of all values, weighted by the scores.
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))   # (B, nh, L, L)
         if self.causal:
-            L = x.size(1)
-            future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
-            scores = scores.masked_fill(future, float("-inf"))     # softmax makes these 0
+            # -inf above the diagonal, 0 elsewhere: softmax gives later tokens a weight of 0.
+            scores = scores + torch.full_like(scores, float("-inf")).triu(1)
         y = scores.softmax(dim=-1) @ v                             # (B, nh, L, hs)
         return self.out_proj(y.transpose(1, 2).flatten(2))         # (B, L, D): join the heads
 
@@ -350,8 +349,8 @@ class CLIP(nn.Module):
         size = self.vision_model.config["image_size"]
         if x.size(-1) != size:
             x = F.interpolate(x, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        mean = torch.tensor(self.MEAN, dtype=x.dtype, device=x.device).view(3, 1, 1)
-        std = torch.tensor(self.STD, dtype=x.dtype, device=x.device).view(3, 1, 1)
+        mean = x.new_tensor(self.MEAN).view(3, 1, 1)
+        std = x.new_tensor(self.STD).view(3, 1, 1)
         x = ((x + 1) / 2 - mean) / std
         return F.normalize(self.visual_projection(self.vision_model(x)), dim=-1)
 

@@ -224,7 +224,7 @@ class NoiseSchedule:
             return [(t, t - self.T // steps) for t in times]
         return list(zip(times, times[1:] + [-1]))
 
-# The samplers of diffusers whose models predict what this file's do: eps or v.
+# diffusers' samplers for models that predict eps or v.
 SAME_MODELS = (
     "DDIMParallelScheduler",
     "DDIMScheduler",
@@ -307,27 +307,18 @@ def ddpm(schedule, model, x, times, randn):
             x = mean + variance**0.5 * randn()
         yield x, x0
 
-def ddim(schedule, model, x, times, randn, eta=0.0):
-    """DDIM (Song et al. 2020, Eq. 12): take the noise out, put it back in at the lower level.
+def ddim(schedule, model, x, times, randn):
+    """DDIM (Song et al. 2020, Eq. 12 with sigma = 0): take the noise out, put less of it back in.
 
-    The loss knows q(x_t | x_0) only, so any process with the same q(x_t | x_0) will do. With eta =
-    0 this one adds no fresh noise: x at the start decides the picture, and long strides work. With
-    eta = 1 it is DDPM. sample.py always has eta = 0. Published models end at abar_0, a trace of
-    noise short of x_0.
+    The loss knows q(x_t | x_0) only, so any process with the same q(x_t | x_0) will do. This one
+    adds no fresh noise: x at the start decides the picture, and long strides work. Published models
+    end at abar_0, a trace of noise short of x_0.
     """
     end = 1.0 if schedule.config["set_alpha_to_one"] else schedule.alpha_bar[0].item()
     for t, t_prev in times:
         x0, eps = schedule.x0_and_eps(model(x, t).float(), x, t)
-        abar = schedule.alpha_bar[t].item()
         abar_prev = schedule.alpha_bar[t_prev].item() if t_prev >= 0 else end
-        sigma = 0.0
-        if t_prev >= 0:                                        # the last step adds no noise
-            beta = 1 - abar / abar_prev
-            sigma = eta * math.sqrt((1 - abar_prev) / (1 - abar) * beta)           # Eq. 16
-        direction = (1 - abar_prev - sigma**2) ** 0.5 * eps
-        x = abar_prev**0.5 * x0 + direction                                        # Eq. 12
-        if sigma > 0:
-            x = x + sigma * randn()
+        x = abar_prev**0.5 * x0 + (1 - abar_prev) ** 0.5 * eps                     # Eq. 12
         yield x, x0
 
 def dpmpp(schedule, model, x, times, randn):

@@ -119,12 +119,12 @@ WEIGHTS = [                           # names of published files of weights, the
 def naming(source):
     """Turn any exception inside the with-block into ValueError(f"{source}: {exception}").
 
-    A broken file may raise anything, and its reader needs to know which file it was.
+    A broken file may raise anything, and the user needs to know which file it was.
     """
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{source}: {str(error)[:200]}") from None
+        raise ValueError(f"{source}: {str(error)[:300]}") from None
 
 def find(model, parts=()):
     """A path as it is; a hub id -> its folder in the hub's cache, downloaded if it is missing.
@@ -151,7 +151,7 @@ def find(model, parts=()):
         ))
 
 def choose_files(listed, parts):
-    """Of all files of a repository on the hub, those to download: configs, tokens, weights."""
+    """Of all files of a repository on the hub, those to download: configs, tokenizer, weights."""
     chosen = []
     for name in listed:
         folder = os.path.dirname(name)
@@ -170,7 +170,7 @@ def read_json(path):
         return dict(json.loads(data))
 
 def check_start(data):
-    """ValueError where a file begins like what often lies in the place of a download."""
+    """ValueError: an empty file, a Git LFS pointer or a web page: what failed downloads leave."""
     if not data:
         raise ValueError("this file is empty")
     if data.startswith(b"version https://git-lfs"):
@@ -259,14 +259,10 @@ def build(part, config, state, source):
     with naming(f"{source}: config or weights do not fit"):
         with torch.device("meta"):     # here a module has shapes and no memory
             module = MODELS[part].from_config(config)
-        state = RENAME[part](state)
-        for name, own in module.state_dict().items():
-            assert name in state, f"{name} is missing"
-            shape, own_shape = tuple(state[name].shape), tuple(own.shape)
-            assert shape == own_shape, f"{name} is {shape}, not {own_shape}"
-        # The weights take their places. Files of some parts hold more: position_ids, projections,
-        # losses. In a U-Net's, more means another architecture.
-        others = module.load_state_dict(state, strict=False, assign=True).unexpected_keys
+        # The weights take their places, if their shapes are right. Files of some parts hold more:
+        # position_ids, projections, losses. In a U-Net's, more means another architecture.
+        missing, others = module.load_state_dict(RENAME[part](state), strict=False, assign=True)
+        assert not missing, f"{missing[0]} is missing"
         assert part != "unet" or not others, f"{others[0]} has no place"
     return module.eval().requires_grad_(False)
 
@@ -292,10 +288,10 @@ def load_tokenizer(source, text_encoder):
         for name in ("tokenizer.json", "vocab.json", "merges.txt"):
             if (folder / name).is_file():
                 check_start((folder / name).read_bytes())
-        tokenizer = CLIPTokenizer.from_pretrained(folder)      # without files: 2 tokens
+        tokenizer = CLIPTokenizer.from_pretrained(folder)      # given no files, it makes 2 tokens
         assert 2 < len(tokenizer) <= known, "no files, or more tokens than the text encoder knows"
         tokenizer.model_max_length = embeddings.position_embedding.num_embeddings      # L
-        tokenize(tokenizer, [""])      # now, before threads share it, its settings become ours
+        tokenize(tokenizer, [""])      # undoes the file's own cutting and padding, before threads
     return tokenizer
 
 def load_clip(source, device="cpu", part="clip"):
@@ -381,12 +377,14 @@ def load_folder(folder, parts):
         setattr(pipe, part, load_part(part, folder / part))
     path = folder / "scheduler/scheduler_config.json"
     if path.exists():
+        config = read_json(path)
         with naming(path):
-            pipe.schedule = NoiseSchedule.from_config(read_json(path))
+            pipe.schedule = NoiseSchedule.from_config(config)
     path = folder / "model_index.json"
     if path.exists():
+        index = read_json(path)
         with naming(path):
-            pipe.guidance = float(read_json(path).get("_guidance_scale", pipe.guidance))
+            pipe.guidance = float(index.get("_guidance_scale", pipe.guidance))
     return pipe
 
 def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, parts=PARTS,
@@ -414,18 +412,12 @@ def load_pipeline(model, device="cpu", dtype=torch.float32, tokenizer=None, part
         pipe.tokenizer = load_tokenizer(tokenizer, pipe.text_encoder)
         if path.is_file() and pipe.text_encoder.config["hidden_act"] == "gelu":
             pipe.tokenizer.add_special_tokens({"pad_token": "!"})      # as Stable Diffusion 2's
-    if pipe.unet and pipe.vae:
-        latents = (pipe.unet.config["out_channels"], pipe.vae.config["latent_channels"])
-        colors = (pipe.vae.config["in_channels"], pipe.vae.config["out_channels"])
-        if (latents, colors) != ((4, 4), (3, 3)):
-            raise ValueError(f"{model}: the U-Net's out_channels and the VAE's latent_channels "
-                             "should be 4, the VAE's in_channels and out_channels 3")
-    if pipe.unet and pipe.text_encoder:
+    if pipe.unet and pipe.vae and pipe.text_encoder:
         width = pipe.text_encoder.config["hidden_size"]
-        config = pipe.unet.config
-        if config["cross_attention_dim"] != width or config["in_channels"] not in (4, 9):
+        sizes = (pipe.unet.config["cross_attention_dim"], pipe.vae.config["latent_channels"])
+        if sizes != (width, 4) or pipe.unet.config["in_channels"] not in (4, 9):
             raise ValueError(f"{model}: the U-Net's cross_attention_dim should be the text's "
-                             "hidden_size, and its in_channels 4 or 9")
+                             "hidden_size, its in_channels 4 or 9, the VAE's latent_channels 4")
     return pipe
 
 def pick_device(device="auto", dtype="auto"):
@@ -503,17 +495,14 @@ def upright_rgb(image, background="white"):
 def eight_bits(values, mode):
     """Grey values (H, W) of a picture of mode I;16, I or F -> uint8.
 
-    I and F leave open what is white: the first of 1, 255 and 65535 that is large enough, or else
-    the largest value.
+    I and F leave open what is white: 1, 255 or 65535, whichever is near, or else the largest value.
     """
-    values = values.astype(np.float64)
-    values[~np.isfinite(values)] = 0
+    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
     values -= min(values.min(), 0)
-    high = values.max()
-    white = next((white for white in (1, 255, 65535) if high <= white), high)
-    if 1 < high < 16:                                          # 0 to 1, with some values beyond
-        white = high
-    if mode.startswith("I;16"):
+    white = max(values.max(), 1)                               # 0 to 1, with some values beyond
+    if 16 <= white <= 255:
+        white = 255
+    if 255 < white <= 65535 or mode.startswith("I;16"):
         white = 65535
     return (values * 255 / white).round().astype(np.uint8)
 
@@ -557,22 +546,21 @@ def decode(pipe, z):
 def guided(unet, context, guidance, extra=()):
     """The U-Net with guidance, as samplers call it: model(z (B, 4, h, w), t int) -> eps or v.
 
-    context (2*B, L, D): of what to avoid, then of the prompts. extra, a list of (B, ., h, w): what
+    context (2*B, L, D): of the prompts, then of what to avoid. extra, a list of (B, ., h, w): what
     an inpainting model sees beside z.
     """
     if guidance == 1:                                          # the prompts alone, in half the time
-        _, context = context.chunk(2)
+        context, _ = context.chunk(2)
 
     def model(z, t):
         x = torch.cat([z, *extra], dim=1)
         if guidance != 1:
-            x = torch.cat([x, x])                              # without and with the prompt at once
+            x = torch.cat([x, x])                              # with and without the prompt at once
         time = x.new_full((len(x),), t)
         output = unet(x.to(context.dtype), time, context).float()
         if guidance == 1:
             return output
-        uncond, cond = output.chunk(2)
-        return guide(cond, uncond, guidance)
+        return guide(*output.chunk(2), guidance)
     return model
 
 def check_range(name, value, least, most):
@@ -580,25 +568,14 @@ def check_range(name, value, least, most):
     if not least <= value <= most:
         raise ValueError(f"--{name} {value} is not between {least} and {most}")
 
-def draw_noise(rngs, h, w):
-    """Noise (B, 4, h, w), for each picture by its own generator."""
-    noise = []
-    for rng in rngs:
-        noise.append(torch.randn(4, h, w, generator=rng, dtype=torch.float32, device="cpu"))
-    return torch.stack(noise)
-
-def check_sampler(sampler):
-    """ValueError unless it is the name of one."""
+def check_arguments(num_images, guidance, strength, seed, sampler):
+    """ValueError names an argument of `generate` that is wrong."""
+    check_range("num-images", num_images, 1, 10_000)
+    check_range("guidance", guidance, -100, 1000)
+    check_range("strength", strength, 0.001, 1)
+    check_range("seed", seed, 0, 2**60)
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
-
-def check_seed(seed):
-    """The seed, or where it is None a random one, which is printed."""
-    if seed is None:
-        seed = int.from_bytes(os.urandom(4), "big")
-        print("seed", seed)
-    check_range("seed", seed, 0, 2**60)
-    return seed
 
 def check_latents(latents, shape):
     """ValueError unless they are None, or have this shape."""
@@ -733,11 +710,10 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
     batch. ValueError names an argument that is wrong.
     """
     guidance = pipe.guidance if guidance is None else guidance
-    check_range("num-images", num_images, 1, 10_000)
-    check_range("guidance", guidance, -100, 1000)
-    check_range("strength", strength, 0.001, 1)
-    check_sampler(sampler)
-    seed = check_seed(seed)
+    if seed is None:
+        seed = int.from_bytes(os.urandom(4), "big")
+        print("seed", seed)
+    check_arguments(num_images, guidance, strength, seed, sampler)
     prompts, negatives = pair_prompts(prompt, negative_prompt, num_images)
     if progress:
         check_length(pipe, prompts + negatives)
@@ -757,10 +733,12 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
         batch = prompts[first:first + batch_size]
         rngs = [torch.Generator("cpu").manual_seed(seed + first + k) for k in range(len(batch))]
 
-        def randn():
-            return draw_noise(rngs, h, w).to(pipe.device)
+        def randn():                                           # (B, 4, h, w)
+            noise = [torch.randn(4, h, w, generator=rng, dtype=torch.float32, device="cpu")
+                     for rng in rngs]
+            return torch.stack(noise).to(pipe.device)
 
-        context = encode_prompts(pipe, negatives[first:first + batch_size] + batch)
+        context = encode_prompts(pipe, batch + negatives[first:first + batch_size])
         if init_image:                                         # picture to picture, inpainting
             z, model = start_edit(pipe, x, redraw, strength, context, guidance, times, randn)
         else:

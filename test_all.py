@@ -789,7 +789,6 @@ def test_samplers_equal_diffusers(sampler, trial):
     first = int(rng.choice([0, steps // 3]))
     if sampler == "dpmpp":
         theirs.set_begin_index(first)
-    options = dict(eta=0.7) if sampler == "ddim" and config["set_alpha_to_one"] else {}
     W, a = torch.from_numpy(rng.normal(size=(2, 3, 3))).float()
 
     def model(x, t):
@@ -799,10 +798,10 @@ def test_samplers_equal_diffusers(sampler, trial):
     times = ours.timesteps(steps, sampler)[first:]
     b = a
     for t in theirs.timesteps[first:]:
-        b = theirs.step(model(b, int(t)), t, b, generator=generator, **options).prev_sample
+        b = theirs.step(model(b, int(t)), t, b, generator=generator).prev_sample
     generator = torch.Generator().manual_seed(trial)
     randn = functools.partial(torch.randn, a.shape, generator=generator)
-    *_, (a, _) = SAMPLERS[sampler](ours, model, a, times, randn, **options)
+    *_, (a, _) = SAMPLERS[sampler](ours, model, a, times, randn)
     assert relative(a, b) < 2e-3, config
 
 # ---- unet.py -------------------------------------------------------------------------------------
@@ -1062,7 +1061,7 @@ def test_single_file_configs_are_the_published_ones(kind):
 
 @pytest.mark.parametrize("remove, add, size, words", [
     ("first_stage_model.decoder.up.1.block.0.conv1", "", (), "decoder.up_blocks.2.resnets.0.conv1"),
-    ("x", "first_stage_model.quant_conv.bias", 5, r"quant_conv.bias is \(5,\), not \(8,"),
+    ("x", "first_stage_model.quant_conv.bias", 5, r"\s*size mismatch for quant_conv.bias"),
     ("cond_stage_model", "", (), "text_encoder"),
     ("x", "model.diffusion_model.label_emb.0.0.weight", 5, "label_emb.0.0.weight has no place"),
     ("model.diffusion_model", "", (), "model.diffusion_model")])
@@ -1131,8 +1130,8 @@ def test_folder_with_fewer_text_layers_than_weights_is_clip_skip(small, tmp_path
 @pytest.mark.parametrize("file, content, words", [                 # None: not there
     ("unet", None, "holds no unet"), (f"vae/{WEIGHTS}", None, "vae: no weights"),
     ("vae/config.json", "{", "vae.config.json"), (f"unet/{WEIGHTS}", "x" * 99, f"unet.{WEIGHTS}"),
-    ("unet/config.json", dict(layers_per_block=2), "unet.*is missing"),
-    ("unet/config.json", dict(in_channels=5), "unet.*conv_in.weight is"),
+    ("unet/config.json", dict(layers_per_block=2), r"unet.*\s*size mismatch"),
+    ("unet/config.json", dict(in_channels=5), r"unet.*\s*size mismatch for conv_in.weight"),
     ("text_encoder/config.json", dict(hidden_act="relu"), "text_encoder.*hidden_act"),
     ("scheduler/scheduler_config.json", dict(beta_schedule="x"), "scheduler.*beta_schedule"),
     ("tokenizer", None, "no usable CLIP tokenizer"),
@@ -1456,7 +1455,7 @@ BARN, LINE = "a barn, \u00e9t\u00e9", '{"file_name": "train/a.png", "text": %s}'
     ("metadata.jsonl", LINE % "null", "train"), ("train/a.TXT", BARN, BARN),
     ("train/a.png.txt", BARN, BARN), ("train/a.png.Caption", BARN, BARN),
     ("train/a.txt", BARN.encode("utf-16"), BARN), ("train/a.txt", BARN.encode("cp1252"), "train"),
-    ("train/a.txt", BARN.encode("utf-32"), BARN), ("train/a.txt", b"b\0a\0r\0n\0", "train"),
+    ("train/a.txt", BARN.encode("utf-32"), BARN), ("train/a.txt", b"b\0a\0r\0n\0", "barn"),
     ("train/b.txt", BARN, "train"), ("metadata.jsonl", '{"image": "a.png", "prompt": "b"}', None),
     ("train/metadata.csv", "file,text\na.png,b\n", None), ("metadata.jsonl", "{", None),
     ("train/metadata.csv", f"file_name,text\na.png,{BARN}\n", None)])
@@ -1485,7 +1484,8 @@ def test_image_folder_takes_pictures_of_any_name(tmp_path, capsys):
     (tmp_path / "d.heif").write_bytes(b"not known")
     (tmp_path / "notes.json").write_text("{}")
     assert ImageFolder(tmp_path, 16).names == ["a.jpg_large", "b", "c.jpg"]
-    assert capsys.readouterr().err.count("1 files that Pillow cannot open, such as d.heif") == 1
+    words = "2 files that are no pictures or captions, such as d.heif"
+    assert capsys.readouterr().err.count(words) == 1
 
 def test_image_folder_keeps_every_twentieth_picture_to_validate_by(tmp_path):
     for k in range(45):

@@ -24,7 +24,7 @@ import os
 import sys
 from pathlib import Path
 
-# What the flags leave open. Every preset is the published architecture in other sizes.
+# Values of flags that are not given. Every preset is the published architecture in other sizes.
 PRESETS = {
     "tiny": dict(                                    # minutes on a CPU
         image_size=128,
@@ -189,7 +189,6 @@ if __name__ == "__main__":
 
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")      # before torch: see sample.py
 
-import codecs
 import collections
 import copy
 import csv
@@ -226,7 +225,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))         # the number of processes
 class ImageFolder(Dataset):
     """Pictures anywhere below root: [i] -> (picture (3, S, S) float32 in [-1, 1], caption).
 
-    Pictures are scaled and cropped to squares. A caption is what there is first: `text` (or
+    Pictures are scaled and cropped to squares. The caption is the first that exists: `text` (or
     `caption`) beside `file_name` in a metadata.jsonl or metadata.csv, in the picture's folder or
     one above it; a text file, a.txt, a.caption or a.jpg.txt for a.jpg; the name of the sub-folder;
     the name of the file. Of 20 pictures or more every 20th is for validation, split "val"; the
@@ -237,7 +236,7 @@ class ImageFolder(Dataset):
     def __init__(self, root, image_size=64, split="train", flip=False, max_images=None):
         self.root = Path(root)
         self.image_size = image_size
-        self.logs = RANK == 0 and split == "train"   # else all would be said twice
+        self.logs = RANK == 0 and split == "train"   # the other split has the same files
         names, tables, texts = self.find_files()
         if not names:
             raise ValueError(f"--data {root}: no such folder, or no pictures (.png, .jpg) in it")
@@ -267,29 +266,30 @@ class ImageFolder(Dataset):
         self.broken = set()
 
     def find_files(self):
-        """Paths below root -> [pictures], [files of metadata], {text file, .TXT as .txt: itself}.
+        """Paths below root -> [pictures], [files of metadata], {"a": path of a.txt or a.caption}.
 
         Passes over hidden files and folders, and over models with their samples.
         """
         kinds = Image.registered_extensions()
         pictures, tables, texts, others = [], [], {}, []
         for folder, folders, files in os.walk(self.root):
-            folders[:] = [name for name in folders if not is_hidden(Path(folder, name))]
-            for file in files:
+            folders[:] = [name for name in folders if not name.startswith(".")
+                          and not Path(folder, name, "train_state").is_dir()]
+            for file in sorted(files):               # so that a.txt replaces a.caption
                 path = Path(folder, file).relative_to(self.root)
                 ending = path.suffix.lower()
                 if file.startswith("."):
                     continue
                 if file.lower() in ("metadata.csv", "metadata.jsonl"):
                     tables.append(path)
-                elif ending in (".txt", ".caption", ".json", ".jsonl", ".csv"):
-                    texts[str(path.with_suffix(ending))] = path
+                elif ending in (".txt", ".caption"):
+                    texts[str(path.with_suffix(""))] = path
                 elif ending in kinds or can_open(self.root / path):
                     pictures.append(str(path))
                 else:
                     others.append(str(path))
         if others:
-            self.log(f"{len(others)} files that Pillow cannot open, such as {min(others)}")
+            self.log(f"{len(others)} files that are no pictures or captions, such as {min(others)}")
         return sorted(pictures), sorted(tables), texts
 
     def log(self, what):
@@ -324,21 +324,20 @@ class ImageFolder(Dataset):
         return captions
 
     def find_caption(self, name, table, texts):
-        """What is said of a picture -> (where, caption): in metadata, beside it, or in its path."""
+        """The caption of a picture -> (where it was found, caption)."""
         if name in table:
             return "metadata", table[name]
         path = Path(name)
-        for ending in (".txt", ".caption"):
-            for beside in (str(path.with_suffix(ending)), name + ending):
-                if beside not in texts:
-                    continue
-                self.unused.discard(beside)
-                try:
-                    caption = read_text(self.root / texts[beside]).strip()
-                    if caption:
-                        return "text files", caption
-                except (UnicodeError, OSError) as error:
-                    self.log(f"{texts[beside]}: {error}")
+        for beside in (str(path.with_suffix("")), name):       # a.txt or a.jpg.txt for a.jpg
+            if beside not in texts:
+                continue
+            self.unused.discard(beside)
+            try:
+                caption = read_text(self.root / texts[beside]).strip()
+                if caption:
+                    return "text files", caption
+            except (UnicodeError, OSError) as error:
+                self.log(f"{texts[beside]}: {error}")
         words = path.parent.name or path.stem
         source = "folder names" if path.parent.name else "file names"
         return source, words.replace("_", " ").replace("-", " ")
@@ -362,12 +361,8 @@ class ImageFolder(Dataset):
                 self.broken.add(name)
         raise ValueError(f"--data {self.root}: none of the pictures can be read")
 
-def is_hidden(folder):
-    """Whether a folder is a hidden one, or a model with its samples."""
-    return folder.name.startswith(".") or (folder / "train_state").is_dir()
-
 def first_text(values):
-    """The first text in a list of texts, numbers, None and lists of these, or None. ValueError."""
+    """The first that is not empty of texts, numbers and lists of these, or None. ValueError."""
     for value in values:
         if isinstance(value, list):
             value = first_text(value)
@@ -378,31 +373,17 @@ def first_text(values):
     return None
 
 def can_open(path):
-    """Whether Pillow knows a file for a picture, whatever its name."""
+    """Whether Pillow takes a file for a picture, whatever its name."""
     try:
         with Image.open(path):
             return True
     except Exception:
         return False
 
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-    codecs.BOM_UTF32_LE: "utf-32",                   # it begins with that of UTF-16
-    codecs.BOM_UTF32_BE: "utf-32",
-}
-
 def read_text(path):
-    """A text file in UTF-8, or as its byte order mark says -> str. UnicodeError: neither."""
+    """A text file in UTF-8, UTF-16 or UTF-32 -> str. UnicodeError: in none of these."""
     data = path.read_bytes()
-    encoding = "utf-8-sig"
-    for mark, name in BYTE_ORDER_MARKS.items():
-        if data.startswith(mark):
-            encoding = name
-    text = data.decode(encoding)
-    if "\0" in text:                                 # UTF-16 without a mark may seem to be UTF-8
-        raise UnicodeError("not text in UTF-8")
-    return text
+    return data.decode(json.detect_encoding(data))
 
 def describe_captions(data):
     """Two lines: where the captions of an ImageFolder come from, and three of them."""
@@ -562,7 +543,7 @@ class Training:
         self.steps = stage_steps(stage, args)
         self.batch_size = args.batch_size or preset[f"{stage}_batch"]
         self.peak_lr = args.lr or (1e-5 if args.init else preset[f"{stage}_lr"])
-        self.step = 0                                # of those that are done
+        self.step = 0                                # steps done so far
         self.recent = []                             # metrics since they were logged last
 
         # Micro-batches: the slices of every batch that this process takes, one after the other.
@@ -661,7 +642,7 @@ class Training:
                     file.write(json.dumps(dict(step=self.step, **row)) + "\n")
 
     def due(self, every):
-        """Is it time for what happens every so many steps, and at the end?"""
+        """Whether it is time for what happens every so many steps, and at the end."""
         return self.step % every == 0 or self.step == self.steps
 
     def settings(self):
@@ -743,7 +724,7 @@ def vae_config(preset, image_size):
 def train_vae(pipe, data, val, args):
     """Learn to redraw pictures from few numbers. Sets pipe.vae."""
     vae = pipe.vae or VAE(**vae_config(args.preset, args.image_size))
-    vae.set_grad_checkpoint(args.grad_checkpoint)
+    vae.encoder.grad_checkpoint = vae.decoder.grad_checkpoint = args.grad_checkpoint
     run = Training("vae", vae, args)
     B, S = run.batch_size, args.image_size
     crop = max(1, S // vae.f // 2) * vae.f                     # half the side: cheaper by four
@@ -794,10 +775,8 @@ def load_examples(val, most, args):
 
 def random_crops(x, corners, side):
     """x (b, 3, S, S) -> (b, 3, side, side), each picture's from its own corner (top, left)."""
-    crops = []
-    for picture, (top, left) in zip(x, corners):
-        crops.append(picture[:, top:top + side, left:left + side])
-    return torch.stack(crops)
+    return torch.stack([picture[:, top:top + side, left:left + side]
+                        for picture, (top, left) in zip(x, corners)])
 
 def save_reconstructions(vae, x, args, name):
     """Pictures x (B, 3, S, S) above what the VAE makes of them."""
@@ -870,11 +849,11 @@ def train_unet(pipe, data, val, args):
         cross_attention_dim=pipe.text_encoder.config["hidden_size"],
     )
     unet.config["sample_size"] = side                          # what sample.py draws by default
-    unet.set_grad_checkpoint(args.grad_checkpoint)
+    unet.grad_checkpoint = args.grad_checkpoint
     run = Training("unet", unet, args)
     pipe.unet = run.ema
     if run.step > 0:
-        run.save(pipe, PARTS)                    # the files may not be of the last checkpoint
+        run.save(pipe, PARTS)                    # a killed run may have left files of another step
     if run.step == run.steps:
         return
     B = run.batch_size
@@ -971,7 +950,7 @@ def shared_tensor(path, dtype, *shape):
 
 @torch.no_grad()
 def evaluate(pipe, data, val, args):
-    """Print how good the model is, on 100 pictures that it has not learnt from."""
+    """Print how good the model is, on up to 100 pictures that it has not learnt from."""
     judge = args.text_encoder
     if judge == "scratch":
         judge = args.out / "train_state" / "clip"

@@ -238,28 +238,26 @@ class DownBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels, heads, is_last, config):
         super().__init__()
-        self.heads = heads
-        self.is_last = is_last
         self.resnets = nn.ModuleList()
-        if heads:
-            self.attentions = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.downsamplers = nn.ModuleList()
         for _ in range(config["layers_per_block"]):
             self.resnets.append(ResnetBlock(in_channels, out_channels, config))
             if heads:
                 self.attentions.append(SpatialTransformer(out_channels, heads, config))
             in_channels = out_channels
         if not is_last:
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+            self.downsamplers.append(Downsample(out_channels))
 
     def forward(self, x, temb, context):
         skips = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, temb)
-            if self.heads:
+            if self.attentions:
                 x = self.attentions[i](x, context)
             skips.append(x)
-        if not self.is_last:
-            x = self.downsamplers[0](x)
+        for downsample in self.downsamplers:                       # one, or none
+            x = downsample(x)
             skips.append(x)
         return x, skips
 
@@ -281,27 +279,25 @@ class UpBlock(nn.Module):
 
     def __init__(self, in_channels, skip_channels, out_channels, heads, is_last, config):
         super().__init__()
-        self.heads = heads
-        self.is_last = is_last
         self.resnets = nn.ModuleList()
-        if heads:
-            self.attentions = nn.ModuleList()
+        self.attentions = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
         for channels in skip_channels:
             self.resnets.append(ResnetBlock(in_channels + channels, out_channels, config))
             if heads:
                 self.attentions.append(SpatialTransformer(out_channels, heads, config))
             in_channels = out_channels
         if not is_last:
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+            self.upsamplers.append(Upsample(out_channels))
 
     def forward(self, x, skips, temb, context, size):
         for i, resnet in enumerate(self.resnets):
             x = torch.cat([x, skips[i]], dim=1)
             x = resnet(x, temb)
-            if self.heads:
+            if self.attentions:
                 x = self.attentions[i](x, context)
-        if not self.is_last:
-            x = self.upsamplers[0](x, size)
+        for upsample in self.upsamplers:                           # one, or none
+            x = upsample(x, size)
         return x
 
 class UNet(nn.Module):
@@ -309,7 +305,6 @@ class UNet(nn.Module):
 
     DEFAULTS = dict(
         in_channels=4,                                # 9 for inpainting: z_t, mask, masked picture
-        out_channels=4,
         block_out_channels=(320, 640, 1280, 1280),    # width of each level, finest first
         down_block_types=(                            # which levels have transformers
             "CrossAttnDownBlock2D",
@@ -365,21 +360,12 @@ class UNet(nn.Module):
 
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         self.conv_norm_out = nn.GroupNorm(groups, channels, eps=eps)
-        self.conv_out = nn.Conv2d(channels, config["out_channels"], 3, padding=1)
-        self.grad_checkpoint = False
-        self.init_weights()
-
-    def init_weights(self):
-        """All residual branches start at 0, and so does the output: the first loss of eps is 1."""
-        for module in self.modules():
-            if isinstance(module, ResnetBlock):
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
-            if isinstance(module, SpatialTransformer):
-                nn.init.zeros_(module.proj_out.weight)
-                nn.init.zeros_(module.proj_out.bias)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        self.conv_out = nn.Conv2d(channels, 4, 3, padding=1)
+        self.grad_checkpoint = False                   # True: less memory, more time (run_block)
+        # All residual branches start at 0, and so does the output: the first loss of eps is 1.
+        for name, p in self.named_parameters():
+            if re.search("conv2|proj_out|conv_out", name):
+                nn.init.zeros_(p)
 
     @classmethod
     def from_config(cls, config):
@@ -405,6 +391,7 @@ class UNet(nn.Module):
             num_attention_heads=None,
             num_class_embeds=None,
             only_cross_attention=False,
+            out_channels=4,
             resnet_out_scale_factor=1.0,
             resnet_time_scale_shift="default",
             time_cond_proj_dim=None,
@@ -418,7 +405,7 @@ class UNet(nn.Module):
                 given = False
             if given != value:
                 raise ValueError(f"{key} = {given!r} is not supported, only {value!r}")
-        # null is no middle, no size, or False for a switch. It stands for no other default.
+        # null means: no middle block, no preferred size, or False. Elsewhere it is an error.
         unet = {**cls.DEFAULTS, "cross_attention_dim": 1280, **config}         # as in diffusers
         unet["sample_size"] = unet["sample_size"] or cls.DEFAULTS["sample_size"]
         for key, value in cls.DEFAULTS.items():
@@ -446,12 +433,9 @@ class UNet(nn.Module):
         return dict(
             self.config,
             _class_name="UNet2DConditionModel",
+            out_channels=4,
             up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
         )
-
-    def set_grad_checkpoint(self, on=True):
-        """Trade time for memory in training: the backward pass recomputes each block."""
-        self.grad_checkpoint = on
 
     def run_block(self, block, *inputs):
         if self.grad_checkpoint:

@@ -111,19 +111,16 @@ class Level(nn.Module):
         self.resnets = nn.ModuleList([ResnetBlock(in_channels, out_channels, groups)])
         for _ in range(layers - 1):
             self.resnets.append(ResnetBlock(out_channels, out_channels, groups))
-        self.resample = resample
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
         if resample == "down":
-            self.downsamplers = nn.ModuleList([Downsample(out_channels)])
+            self.downsamplers.append(Downsample(out_channels))
         if resample == "up":
-            self.upsamplers = nn.ModuleList([Upsample(out_channels)])
+            self.upsamplers.append(Upsample(out_channels))
 
     def forward(self, x):
-        for resnet in self.resnets:
-            x = resnet(x)
-        if self.resample == "down":
-            x = self.downsamplers[0](x)
-        if self.resample == "up":
-            x = self.upsamplers[0](x)
+        for layer in [*self.resnets, *self.downsamplers, *self.upsamplers]:
+            x = layer(x)
         return x
 
 class MidBlock(nn.Module):
@@ -148,9 +145,9 @@ def run_block(block, x, grad_checkpoint):
 class Encoder(nn.Module):
     """x (B, 3, H, W) -> moments (B, 2*Z, h, w): Z channels of mean, Z of log variance."""
 
-    def __init__(self, in_channels, latent_channels, widths, layers, groups):
+    def __init__(self, latent_channels, widths, layers, groups):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         channels = widths[0]
         for i, width in enumerate(widths):
@@ -172,7 +169,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, Z, h, w) -> x (B, 3, H, W). One residual block a level more than the encoder has."""
 
-    def __init__(self, out_channels, latent_channels, widths, layers, groups):
+    def __init__(self, latent_channels, widths, layers, groups):
         super().__init__()
         channels = widths[-1]
         self.conv_in = nn.Conv2d(latent_channels, channels, 3, padding=1)
@@ -183,7 +180,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(Level(channels, width, layers + 1, groups, resample))
             channels = width
         self.conv_norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
         self.grad_checkpoint = False
 
     def forward(self, z):
@@ -234,11 +231,9 @@ class VAE(nn.Module):
     """Encoder, decoder and the Gaussian between them. `VAE()` is Stable Diffusion 1.5's."""
 
     DEFAULTS = dict(
-        in_channels=3,
-        out_channels=3,
         latent_channels=4,                          # Z
         block_out_channels=(128, 256, 512, 512),    # width of each level, finest first
-        layers_per_block=2,                         # residual blocks a level; the decoder has 3
+        layers_per_block=2,                         # residual blocks a level; decoder: one more
         norm_num_groups=32,                         # of every GroupNorm
         scaling_factor=0.18215,                     # 1 / (standard deviation of z)
         use_quant_conv=True,                        # a 1x1 convolution on the moments
@@ -257,8 +252,8 @@ class VAE(nn.Module):
         # which has it: there the latents are as large as the noise. train.py measures the factor
         # (save_vae); 0.18215 is the published VAE's.
         self.scaling_factor = self.config["scaling_factor"]
-        self.encoder = Encoder(self.config["in_channels"], Z, widths, layers, groups)
-        self.decoder = Decoder(self.config["out_channels"], Z, widths, layers, groups)
+        self.encoder = Encoder(Z, widths, layers, groups)
+        self.decoder = Decoder(Z, widths, layers, groups)
         self.quant_conv = nn.Identity()
         self.post_quant_conv = nn.Identity()
         if self.config["use_quant_conv"]:
@@ -268,10 +263,9 @@ class VAE(nn.Module):
             nn.init.constant_(self.quant_conv.bias[Z:], -8.0)
         if self.config["use_post_quant_conv"]:
             self.post_quant_conv = nn.Conv2d(Z, Z, 1)
-        for module in self.modules():
-            if isinstance(module, ResnetBlock):     # start as the identity: it learns sooner
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
+        for name, p in self.named_parameters():
+            if "conv2" in name:    # residual blocks start as the identity: they learn sooner
+                nn.init.zeros_(p)
 
     @classmethod
     def from_config(cls, config):
@@ -281,6 +275,8 @@ class VAE(nn.Module):
         """
         required = dict(
             act_fn="silu",
+            in_channels=3,
+            out_channels=3,
             mid_block_add_attention=True,
             shift_factor=None,
             latents_mean=None,
@@ -304,6 +300,8 @@ class VAE(nn.Module):
             self.config,
             _class_name="AutoencoderKL",
             act_fn="silu",
+            in_channels=3,
+            out_channels=3,
             down_block_types=["DownEncoderBlock2D" for _ in widths],
             up_block_types=["UpDecoderBlock2D" for _ in widths],
             scaling_factor=self.scaling_factor,
@@ -324,11 +322,6 @@ class VAE(nn.Module):
         q = self.encode(x)
         z = q.sample(noise=noise)
         return self.decode(z), q
-
-    def set_grad_checkpoint(self, on=True):
-        """Trade time for memory in training: see run_block."""
-        self.encoder.grad_checkpoint = on
-        self.decoder.grad_checkpoint = on
 
 # ---- The loss ------------------------------------------------------------------------------------
 
