@@ -1981,8 +1981,8 @@ def test_readme_commands_parse_and_its_flags_exist(monkeypatch):
     assert len(README.splitlines()) <= 200
 
 def test_readme_python_blocks_run(trained, tmp_path, monkeypatch):
-    """From a model of a few steps, in two steps a picture."""
     copy(trained, tmp_path / "out")
+    copy(trained, tmp_path / "assets/model")
     for step in (100, 300, 600, 900):
         Image.new("RGB", (64, 16)).save(tmp_path / f"out/samples/unet-{step:06d}.png")
     monkeypatch.chdir(tmp_path)
