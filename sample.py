@@ -549,18 +549,17 @@ def guided(unet, context, guidance, extra=()):
     context (2*B, L, D): of the prompts, then of what to avoid. extra, a list of (B, ., h, w): what
     an inpainting model sees beside z.
     """
-    if guidance == 1:                                          # the prompts alone, in half the time
-        context, _ = context.chunk(2)
+    def predict(x, t, context):
+        time = x.new_full((len(x),), t)
+        return unet(x.to(context.dtype), time, context).float()
 
     def model(z, t):
         x = torch.cat([z, *extra], dim=1)
-        if guidance != 1:
-            x = torch.cat([x, x])                              # with and without the prompt at once
-        time = x.new_full((len(x),), t)
-        output = unet(x.to(context.dtype), time, context).float()
-        if guidance == 1:
-            return output
-        return guide(*output.chunk(2), guidance)
+        if guidance == 1:                                      # the prompts alone, in half the time
+            return predict(x, t, context[:len(x)])
+        output = predict(torch.cat([x, x]), t, context)        # with and without the prompt at once
+        cond, uncond = output.chunk(2)
+        return guide(cond, uncond, guidance)
     return model
 
 def check_range(name, value, least, most):
