@@ -724,7 +724,8 @@ def vae_config(preset, image_size):
 def train_vae(pipe, data, val, args):
     """Learn to redraw pictures from few numbers. Sets pipe.vae."""
     vae = pipe.vae or VAE(**vae_config(args.preset, args.image_size))
-    vae.encoder.grad_checkpoint = vae.decoder.grad_checkpoint = args.grad_checkpoint
+    vae.encoder.grad_checkpoint = args.grad_checkpoint
+    vae.decoder.grad_checkpoint = args.grad_checkpoint
     run = Training("vae", vae, args)
     B, S = run.batch_size, args.image_size
     crop = max(1, S // vae.f // 2) * vae.f                     # half the side: cheaper by four
