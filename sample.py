@@ -60,16 +60,18 @@ if __name__ == "__main__":
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")
 
 import contextlib
+import functools
 import io
 import json
 import math
 import pickle
 import re
 import shutil
-import threading
 import warnings
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -167,7 +169,10 @@ def read_json(path):
     with naming(path):
         data = path.read_bytes()
         check_start(data)
-        return dict(json.loads(data))
+        config = json.loads(data)
+        if not isinstance(config, dict):
+            raise ValueError("these are no settings: expected {...}")
+        return config
 
 def check_start(data):
     """ValueError: an empty file, a Git LFS pointer or a web page: what failed downloads leave."""
@@ -187,21 +192,43 @@ class Inert:
     def __setstate__(self, state):
         pass
 
-# A pickle can ask Python to call any function. weights_only=True lets tensors through, and refuses
-# everything else but these names, which the original .ckpt files also contain.
+# A pickle can ask Python to call any function. Weights need these alone, and storages.
+FOR_WEIGHTS = (
+    "collections.OrderedDict",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+    "torch.device",
+)
+
+# The original .ckpt files also contain these, and not in their weights.
 BOOKKEEPING = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
     "_codecs.encode",
+    "collections.Counter",
+    "__builtin__.set",
+    "builtins.set",
 )
 
-# What torch lets through is a setting of the whole process: one thread at a time changes it.
-SAFE_GLOBALS_LOCK = threading.Lock()
+class WeightsUnpickler(pickle.Unpickler):
+    """Reads a pickle that asks for nothing but the names above. UnpicklingError names another."""
+
+    def find_class(self, module, name):
+        asked = f"{module}.{name}"
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if asked in FOR_WEIGHTS:               # in a shell: a pickle could set its attributes
+            return functools.partial(super().find_class(module, name))
+        if asked in BOOKKEEPING:
+            return type(name, (Inert,), {})
+        raise pickle.UnpicklingError(f"it asks for {asked}")
 
 # What torch.compile and DataParallel put before the names of a model that they wrap.
-WRAPPERS = r"^(module\.)+|(_orig_mod|_fsdp_wrapped_module)\.(module\.)*"
+WRAPPERS = r"(?<![^.])(module|_orig_mod|_(fsdp|checkpoint)_wrapped_module)\."
 
 def read_weights(path):
     """A file of weights, whatever its ending -> {name: tensor}. ValueError names the file."""
@@ -210,28 +237,33 @@ def read_weights(path):
             start = file.read(100)
             file.seek(0)
             # A safetensors begins with the length of a header in JSON, 8 bytes, and this header.
-            length = int.from_bytes(start[:8], "little")
-            if start[8:9] == b"{" and length < path.stat().st_size:
+            if start[8:9] == b"{":
                 state = load_file(path)
             else:
                 check_start(start)
                 if not start.startswith((b"PK", b"\x80")):     # zip (of today) and pickle
                     raise ValueError(f"these are no weights; they begin with {start[:20]}")
                 state = read_pickle(file)
-        state = state.get("state_dict", state)
-        return {re.sub(WRAPPERS, "", name): tensor
-                for name, tensor in state.items() if torch.is_tensor(tensor)}
+        if isinstance(state, dict):
+            state = state.get("state_dict", state)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no names of weights")
+        # n_averaged is a count, of torch.optim.swa_utils.
+        return {re.sub(WRAPPERS, "", name): tensor for name, tensor in state.items()
+                if torch.is_tensor(tensor) and name != "n_averaged"}
 
 def read_pickle(file):
     """What torch.save wrote, without running code. UnpicklingError names what else it asks for."""
-    allowed = [(Inert, name) for name in BOOKKEEPING]
     try:
-        with SAFE_GLOBALS_LOCK, torch.serialization.safe_globals(allowed):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:                    # a long text
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it asks for {asked[1]}" if asked else "it is damaged, or holds more than weights"
-        raise pickle.UnpicklingError(what) from None
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:             # bookkeeping, or a pickle protocol above 2
+        file.seek(0)
+    safe = SimpleNamespace(
+        __name__="safe",
+        Unpickler=WeightsUnpickler,
+        load=lambda file, **settings: WeightsUnpickler(file, **settings).load(),
+    )
+    return torch.load(file, map_location="cpu", weights_only=False, pickle_module=safe)
 
 # ---- Load: build the models ----------------------------------------------------------------------
 
@@ -379,6 +411,7 @@ def load_folder(folder, parts):
     if path.exists():
         config = read_json(path)
         with naming(path):
+            assert "_class_name" in config, "these are no settings of a scheduler: no _class_name"
             pipe.schedule = NoiseSchedule.from_config(config)
     path = folder / "model_index.json"
     if path.exists():
@@ -496,15 +529,18 @@ def eight_bits(values, mode):
     """Grey values (H, W) of a picture of mode I;16, I or F -> uint8.
 
     I and F leave open what is white: 1, 255 or 65535, whichever is near, or else the largest value.
+    Values a little beyond black and white are what resizing leaves.
     """
     values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    values -= min(values.min(), 0)
-    white = max(values.max(), 1)                               # 0 to 1, with some values beyond
-    if 16 <= white <= 255:
-        white = 255
-    if 255 < white <= 65535 or mode.startswith("I;16"):
+    if values.min() < -0.1 * values.max():                     # black is not 0
+        values -= values.min()
+    white = values.max()
+    for level, least in ((1, 0), (255, 16), (65535, 32768)):
+        if least <= white <= 1.1 * level:
+            white = level
+    if mode.startswith("I;16"):
         white = 65535
-    return (values * 255 / white).round().astype(np.uint8)
+    return (values * 255 / white).clip(0, 255).round().astype(np.uint8)
 
 def picture_to_tensor(image, height, width):
     """PIL -> (1, 3, height, width) in [-1, 1]: scaled, cropped at the centre, never stretched."""
@@ -562,18 +598,20 @@ def guided(unet, context, guidance, extra=()):
         return guide(cond, uncond, guidance)
     return model
 
-def check_range(name, value, least, most):
-    """ValueError unless an argument of `generate`, named like its flag, is in range."""
-    if not least <= value <= most:
-        raise ValueError(f"--{name} {value} is not between {least} and {most}")
+def check_range(name, value, least, most, kind=Integral):
+    """ValueError unless an argument of `generate`, named like its flag, is a number in range."""
+    if not isinstance(value, kind) or not least <= value <= most:
+        whole = "whole " if kind is Integral else ""
+        raise ValueError(f"--{name} {value!r} is not a {whole}number between {least} and {most}")
 
-def check_arguments(num_images, guidance, strength, seed, sampler):
+def check_arguments(pipe, steps, num_images, guidance, strength, seed, sampler):
     """ValueError names an argument of `generate` that is wrong."""
+    check_range("steps", steps, 1, pipe.schedule.T)
     check_range("num-images", num_images, 1, 10_000)
-    check_range("guidance", guidance, -100, 1000)
-    check_range("strength", strength, 0.001, 1)
+    check_range("guidance", guidance, -100, 1000, Real)
+    check_range("strength", strength, 0.001, 1, Real)
     check_range("seed", seed, 0, 2**60)
-    if sampler not in SAMPLERS:
+    if sampler not in list(SAMPLERS):
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
 
 def check_latents(latents, shape):
@@ -602,6 +640,8 @@ def check_picture(name, image, background="white"):
         return None
     if not isinstance(image, Image.Image):
         raise ValueError(f"{name} should be a PIL picture, not {type(image).__name__}")
+    if 0 in image.size:
+        raise ValueError(f"{name} has no pixels")
     return upright_rgb(image, background)
 
 def check_length(pipe, prompts):
@@ -712,7 +752,8 @@ def generate(pipe, prompt, negative_prompt="", steps=25, guidance=None, sampler=
     if seed is None:
         seed = int.from_bytes(os.urandom(4), "big")
         print("seed", seed)
-    check_arguments(num_images, guidance, strength, seed, sampler)
+    check_arguments(pipe, steps, num_images, guidance, strength, seed, sampler)
+    seed = int(seed)                                           # numpy's, for one
     prompts, negatives = pair_prompts(prompt, negative_prompt, num_images)
     if progress:
         check_length(pipe, prompts + negatives)
@@ -826,7 +867,7 @@ def save_pipeline(pipe, folder, parts=PARTS):
 def run_command(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""
     warnings.filterwarnings("ignore", "Detected pickle protocol")      # torch's, no help to users
-    for stream in (sys.stdout, sys.stderr):                    # on any console: show any name
+    for stream in filter(None, (sys.stdout, sys.stderr)):      # on any console: show any name
         stream.reconfigure(errors="backslashreplace")
     status = 1
     try:
