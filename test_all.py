@@ -124,6 +124,8 @@ SCHEDULERS = dict(ddpm=diffusers.DDPMScheduler, ddim=diffusers.DDIMScheduler,
                   dpmpp=diffusers.DPMSolverMultistepScheduler)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 copy = shutil.copytree
+WORDY = PngImagePlugin.PngInfo()                                   # more than Pillow reads
+WORDY.add_text("words", "x" * 2**21, zip=True)
 
 # ---- Helpers: weights ----------------------------------------------------------------------------
 
@@ -272,7 +274,8 @@ def write_single_file(state, path, form):
     elif form == "flat":
         torch.save(state, path)
     elif form == "nested":
-        torch.save(dict(state_dict=state, base_lrs=[np.float64(1e-4)], epoch=3), path)
+        state = dict(state_dict=state, base_lrs=[np.float64(1e-4)], seen=set("a"))
+        torch.save(state, path, pickle_protocol=4)
     else:
         callbacks = {ModelCheckpoint: dict(best=np.float64(0.1), model=ModelCheckpoint())}
         state = dict(state_dict=state, callbacks=callbacks)
@@ -936,7 +939,7 @@ def test_generate_takes_what_python_users_bring(small, tmp_path, capsys):
     assert decibel(draw(pipe, negative_prompt=None), draw(pipe)) > 80
     random = draw(pipe, seed=None)
     seed = int(capsys.readouterr().out.removeprefix("seed "))
-    assert decibel(random, draw(pipe, seed=seed)) > 80
+    assert decibel(random, draw(pipe, seed=np.int64(seed))) > 80
     exif = Image.Exif()
     exif[0x0112] = 6                                               # a phone's, on its side
     photo(64, 48).save(tmp_path / "phone.png", exif=exif)
@@ -946,21 +949,21 @@ def test_generate_takes_what_python_users_bring(small, tmp_path, capsys):
     assert decibel(drawn, draw(pipe, init_image=upright, mask_image=mask.getchannel("R"))) > 80
     for name, value in dict(
             init_image=np.zeros((8, 8, 3)), mask_image="mask.png", latents=torch.zeros(1, 4, 9, 9),
-            sampler="euler", negative_prompt=["a", "b"]).items():
+            sampler="euler", negative_prompt=["a", "b"], seed="1", steps=2.5, guidance="3").items():
         with pytest.raises(ValueError, match=name):
             draw(pipe, **{name: value})
 
 def test_loading_and_drawing_leave_the_process_as_it_was_also_in_threads(small, tmp_path):
-    def state():
-        return torch.get_rng_state().tolist(), set(torch.serialization.get_safe_globals())
-
-    pipe, before = load_pipeline(small), state()
+    pipe, before = load_pipeline(small), torch.get_rng_state()
     texts = ["fog " * k for k in range(40)]
     expected = tokenize(pipe.tokenizer, texts)
     write_single_file(single_file_state(small), tmp_path / "m.ckpt", "nested")
+    torch.save(np.float64(1), tmp_path / "lr.pt")
 
     def work(k):
         sample.read_weights(tmp_path / "m.ckpt")
+        with pytest.raises(pickle.UnpicklingError):                # torch's own list is as it was
+            torch.load(tmp_path / "lr.pt", weights_only=True)
         sample.check_length(pipe, texts[:9])
         return torch.equal(tokenize(pipe.tokenizer, texts[k:]), expected[k:])
 
@@ -972,7 +975,7 @@ def test_loading_and_drawing_leave_the_process_as_it_was_also_in_threads(small, 
         again = draw(load_pipeline(small))
     finally:
         torch.set_default_dtype(torch.float32)
-    assert decibel(again, drawn) > 80 and state() == before
+    assert decibel(again, drawn) > 80 and torch.equal(torch.get_rng_state(), before)
 
 @pytest.mark.parametrize("dtype, least", [(torch.bfloat16, 28), (torch.float16, 40)])
 def test_half_precision_draws_nearly_the_same(small, dtype, least):
@@ -1061,7 +1064,6 @@ def test_single_file_configs_are_the_published_ones(kind):
 
 @pytest.mark.parametrize("remove, add, size, words", [
     ("first_stage_model.decoder.up.1.block.0.conv1", "", (), "decoder.up_blocks.2.resnets.0.conv1"),
-    ("x", "first_stage_model.quant_conv.bias", 5, r"\s*size mismatch for quant_conv.bias"),
     ("cond_stage_model", "", (), "text_encoder"),
     ("x", "model.diffusion_model.label_emb.0.0.weight", 5, "label_emb.0.0.weight has no place"),
     ("model.diffusion_model", "", (), "model.diffusion_model")])
@@ -1073,13 +1075,11 @@ def test_single_file_that_does_not_fit_is_an_error_that_names_it(
     with pytest.raises(ValueError, match="odd.safetensors.*" + words):
         load_pipeline(tmp_path / "odd.safetensors", tokenizer=published[SD1])
 
-class Hostile(tuple):
-    """(function, argument): unpickled by an unwary reader, it calls the function."""
-
+class Hostile(tuple):                                              # (function, argument): called
     def __reduce__(self):
         return self[0], self[1:]
 
-@pytest.mark.parametrize("form", ["zip 2", "zip 4", "legacy 2", "pickle 2", "pickle 4"])
+@pytest.mark.parametrize("form", ["zip 2", "zip 4", "legacy 2", "legacy 4", "pickle 3"])
 def test_single_file_and_bin_that_hold_code_run_nothing(small, tmp_path, form):
     trace, protocol = tmp_path / "was_here", int(form[-1])
     state = dict(a=torch.ones(2), state_dict=Hostile((os.system, f"touch {trace}")))
@@ -1091,8 +1091,7 @@ def test_single_file_and_bin_that_hold_code_run_nothing(small, tmp_path, form):
         else:
             torch.save(state, path, pickle_protocol=protocol,
                        _use_new_zipfile_serialization=form.startswith("zip"))
-        asked = ": it asks for" if "2" in form else ""             # torch reads protocol 2 alone
-        with pytest.raises(ValueError, match=f"{path.name}: refused{asked}"):
+        with pytest.raises(ValueError, match=f"{path.name}: refused: it asks for"):
             load_pipeline(path if path.suffix == ".ckpt" else folder)
     assert not trace.exists()
 
@@ -1104,7 +1103,7 @@ def test_folder_of_every_published_form_loads(small, tmp_path, suffix):
              (r"\.to_out\.0\.", ".proj_attn."), (r"text_model\.", "")]
     for part in PARTS:
         path = folder / part / ("model.safetensors" if part == "text_encoder" else WEIGHTS)
-        wrapped = [("^", "module._orig_mod." if suffix == ".bin" else "_orig_mod.")]
+        wrapped = [("^", "module._orig_mod."), ("attn1", "_checkpoint_wrapped_module.attn1")]
         state = rename(load_file(path), wrapped if part == "unet" else older)
         path.unlink()
         if part == "text_encoder":
@@ -1130,10 +1129,10 @@ def test_folder_with_fewer_text_layers_than_weights_is_clip_skip(small, tmp_path
 @pytest.mark.parametrize("file, content, words", [                 # None: not there
     ("unet", None, "holds no unet"), (f"vae/{WEIGHTS}", None, "vae: no weights"),
     ("vae/config.json", "{", "vae.config.json"), (f"unet/{WEIGHTS}", "x" * 99, f"unet.{WEIGHTS}"),
-    ("unet/config.json", dict(layers_per_block=2), r"unet.*\s*size mismatch"),
     ("unet/config.json", dict(in_channels=5), r"unet.*\s*size mismatch for conv_in.weight"),
     ("text_encoder/config.json", dict(hidden_act="relu"), "text_encoder.*hidden_act"),
     ("scheduler/scheduler_config.json", dict(beta_schedule="x"), "scheduler.*beta_schedule"),
+    ("scheduler/scheduler_config.json", '{"error": "not found"}', "scheduler.*no _class_name"),
     ("tokenizer", None, "no usable CLIP tokenizer"),
     (f"vae/{WEIGHTS}", "version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     (f"unet/{WEIGHTS}", "\n<!DOCTYPE html><html>", "web page"),
@@ -1214,20 +1213,18 @@ def test_open_picture_reads_every_kind(tmp_path):
             ("layer.png", layer, (255, 0, 0), (255, 255, 255)),
             ("clear.png", layer.quantize(), (255, 0, 0), (255, 255, 255)),     # palette with alpha
             ("float.tiff", Image.fromarray(np.float32(half)), (255, 255, 255), (64, 64, 64)),
-            ("int.tiff", Image.fromarray(np.int32(half * 200)), (200, 200, 200), (50, 50, 50)),
+            ("bits.tiff", Image.fromarray(np.int32(half * 4095)), (255, 255, 255), (64, 64, 64)),
             ("long.tiff", Image.fromarray(np.int32(half * 2e9)), (255, 255, 255), (64, 64, 64)),
-            ("over.tiff", Image.fromarray(np.float32(half * 1.01)), (255, 255, 255), (64, 64, 64)),
+            ("over.tiff", Image.fromarray(np.float32(half * 257)), (255, 255, 255), (64, 64, 64)),
             ("deep.png", deep, (156, 156, 156), (156, 156, 156))):
         picture.save(tmp_path / name)
         opened = sample.open_picture(tmp_path / name)
         assert opened.mode == "RGB" and opened.size == (40, 20), name
         assert opened.getpixel((5, 5)) == pytest.approx(left, abs=20), name
         assert opened.getpixel((35, 5)) == pytest.approx(right, abs=20), name
-    text = PngImagePlugin.PngInfo()
-    text.add_text("more than Pillow reads", "x" * 2**21, zip=True)
-    flag.save(tmp_path / "words.png", pnginfo=text)
+    flag.save(tmp_path / "words.png", pnginfo=WORDY)
     flag.save(tmp_path / "turned.png", exif=exif)
-    flag.save(tmp_path / "both.png", pnginfo=text, exif=exif)
+    flag.save(tmp_path / "both.png", pnginfo=WORDY, exif=exif)
     flag.save(tmp_path / "exif.png", exif=b"broken")
     flag.save(tmp_path / "exif.jpg", exif=b"Exif\0\0broken")
     for name in ("turned.png", "both.png", "words.png", "exif.png", "exif.jpg"):
@@ -1394,8 +1391,7 @@ def test_landscapes_captions_are_true_and_three_of_four_are_complete():
     assert 0.72 < complete / 3000 < 0.86
 
 def test_landscapes_left_is_left():
-    """The brightest spot of the sky is on the side that the caption names."""
-    seen = dict(left=[], middle=[], right=[])
+    seen = dict(left=[], middle=[], right=[])                      # where the sky is brightest
     for scene in scenes("train", 250):
         if scene["place"] and scene["sky"] in ("night", "sunset"):
             sky = landscapes.draw(scene, 64).convert("L").crop((0, 0, 64, 24)).reduce(4)
@@ -1435,7 +1431,8 @@ def test_image_folder_takes_captions_in_the_promised_order(tmp_path):
     for name in (*expected, ".a.png", ".thumbs/a.png", "out/samples/a.png"):    # hidden; a model
         save_picture(tmp_path / name)
     (tmp_path / "out/train_state").mkdir()
-    (tmp_path / "cats/c.txt").write_text("sidecar\n")
+    (tmp_path / "cats/c.caption").write_text("sidecar\n")
+    (tmp_path / "cats/c.txt").write_bytes(b"\xe9")                 # in no encoding: passed over
     (tmp_path / "cats/d.caption").write_text("\ufeffanother \u00e9", "utf-8")
     for name, text, caption in (
             ("nothing.csv", "", "sidecar"),
@@ -1453,18 +1450,20 @@ BARN, LINE = "a barn, \u00e9t\u00e9", '{"file_name": "train/a.png", "text": %s}'
     ("train/metadata.jsonl", LINE.replace("train/", "") % f'"{BARN}"', BARN),
     ("train/metadata.csv", f'file_name,caption\na.png,"{BARN}"\n'.encode("utf-16"), BARN),
     ("metadata.jsonl", LINE % "null", "train"), ("train/a.TXT", BARN, BARN),
+    ("metadata.jsonl", LINE % "NaN", "train"), ("train/a.txt", BARN.encode("utf-16-le"), "train"),
     ("train/a.png.txt", BARN, BARN), ("train/a.png.Caption", BARN, BARN),
     ("train/a.txt", BARN.encode("utf-16"), BARN), ("train/a.txt", BARN.encode("cp1252"), "train"),
-    ("train/a.txt", BARN.encode("utf-32"), BARN), ("train/a.txt", b"b\0a\0r\0n\0", "barn"),
+    ("train/a.txt", BARN.encode("utf-32"), BARN), ("train/a.txt", b":\4@\4", "train"),
     ("train/b.txt", BARN, "train"), ("metadata.jsonl", '{"image": "a.png", "prompt": "b"}', None),
     ("train/metadata.csv", "file,text\na.png,b\n", None), ("metadata.jsonl", "{", None),
+    ("train/metadata.csv", 'file_name,text\na.png,"b\nc.png,d\n', None),
     ("train/metadata.csv", f"file_name,text\na.png,{BARN}\n", None)])
 def test_image_folder_finds_captions_as_others_write_them(tmp_path, capsys, file, content, caption):
     save_picture(tmp_path / "train/a.png")
     content = content if isinstance(content, bytes) else content.encode()
     (tmp_path / file).write_bytes(content)
     if caption is None:
-        words = "not (image, prompt|file, text)|char 1|quotes"
+        words = "not (image, prompt|file, text)|char 1|quotes|unexpected end"
         with pytest.raises(ValueError, match=f"{file}: .*({words})"):
             ImageFolder(tmp_path, 16)
         return
@@ -1481,9 +1480,10 @@ def test_image_folder_finds_captions_as_others_write_them(tmp_path, capsys, file
 def test_image_folder_takes_pictures_of_any_name(tmp_path, capsys):
     for name in ("a.jpg_large", "b", "c.jpg"):
         photo(16, 16).save(tmp_path / name, "JPEG")
+    photo(16, 16).save(tmp_path / "e", "PNG", pnginfo=WORDY)
     (tmp_path / "d.heif").write_bytes(b"not known")
     (tmp_path / "notes.json").write_text("{}")
-    assert ImageFolder(tmp_path, 16).names == ["a.jpg_large", "b", "c.jpg"]
+    assert ImageFolder(tmp_path, 16).names == ["a.jpg_large", "b", "c.jpg", "e"]
     words = "2 files that are no pictures or captions, such as d.heif"
     assert capsys.readouterr().err.count(words) == 1
 
@@ -1634,9 +1634,8 @@ def test_unet_learns_by_algorithm_1(trained, begin, monkeypatch, learn, pictures
     ("--min-snr 3", 3.0), ("--prediction-type epsilon --min-snr 0", 0.0)])
 def test_unet_min_snr_is_5_with_epsilon(more, expected, begin, monkeypatch, learn):
     out, seen = begin("unet"), []
-    def record(schedule, output, z0, t, noise, min_snr=0.0):
-        seen.append((schedule.prediction_type, min_snr))
-    spy(monkeypatch, train, "diffusion_loss", record)
+    spy(monkeypatch, train, "diffusion_loss",
+        lambda schedule, *given: seen.append((schedule.prediction_type, given[-1])))
     learn("unet", out, f"--steps 1 --batch-size 1 --max-images 9 {more}")
     kind = "epsilon" if "epsilon" in more else "v_prediction"
     assert seen == [(kind, expected)] and load_pipeline(out).schedule.prediction_type == kind
@@ -1800,7 +1799,7 @@ def test_resume_with_other_settings_is_refused(more, trained, tmp_path, attempt,
     kept = contents(trained)
     status, _, message = attempt(trained, f"--steps 8 --resume {more}")
     assert status == 2 and "--resume" in message and contents(trained) == kept
-    assert more.split()[0].replace("--flip", "--data") in message
+    assert more.split()[0] in message
 
 def test_resume_is_the_only_way_to_write_over_a_model(trained, begin, tmp_path, attempt):
     save_clip(tmp_path / "clip", trained)

@@ -190,6 +190,7 @@ if __name__ == "__main__":
 os.environ.setdefault("GOMP_SPINCOUNT", "4000")      # before torch: see sample.py
 
 import collections
+import contextlib
 import copy
 import csv
 import functools
@@ -247,7 +248,7 @@ class ImageFolder(Dataset):
         if strange:
             self.log(f"lines of metadata for {len(strange)} pictures that are not there, such as "
                      f"{min(strange)}")
-        self.unused = set(texts)                     # text files that are no picture's caption
+        self.unused = set().union(*texts.values())   # text files that are no picture's caption
         found = {name: self.find_caption(name, table, texts) for name in names}
         if len(names) >= 20:                         # else too few to spare any
             if split == "val":
@@ -266,7 +267,7 @@ class ImageFolder(Dataset):
         self.broken = set()
 
     def find_files(self):
-        """Paths below root -> [pictures], [files of metadata], {"a": path of a.txt or a.caption}.
+        """Paths below root -> [pictures], [files of metadata], {"a": [a.txt, a.caption]}.
 
         Passes over hidden files and folders, and over models with their samples.
         """
@@ -275,7 +276,7 @@ class ImageFolder(Dataset):
         for folder, folders, files in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".")
                           and not Path(folder, name, "train_state").is_dir()]
-            for file in sorted(files):               # so that a.txt replaces a.caption
+            for file in sorted(files, reverse=True):           # a.txt before a.caption
                 path = Path(folder, file).relative_to(self.root)
                 ending = path.suffix.lower()
                 if file.startswith("."):
@@ -283,7 +284,7 @@ class ImageFolder(Dataset):
                 if file.lower() in ("metadata.csv", "metadata.jsonl"):
                     tables.append(path)
                 elif ending in (".txt", ".caption"):
-                    texts[str(path.with_suffix(""))] = path
+                    texts.setdefault(str(path.with_suffix("")), []).append(path)
                 elif ending in kinds or can_open(self.root / path):
                     pictures.append(str(path))
                 else:
@@ -308,7 +309,8 @@ class ImageFolder(Dataset):
             with naming(self.root / path):
                 text = read_text(self.root / path)
                 if path.suffix.lower() == ".csv":
-                    lines = list(csv.DictReader(io.StringIO(text, newline="")))
+                    rows = io.StringIO(text, newline="")
+                    lines = list(csv.DictReader(rows, strict=True))
                 else:
                     lines = [json.loads(line) for line in text.split("\n") if line.strip()]
                 for line in lines:
@@ -319,7 +321,8 @@ class ImageFolder(Dataset):
                         raise ValueError("a text with a comma should be in quotes")
                     caption = first_text([line.get("text"), line.get("caption")])
                     if caption:
-                        name = os.path.normpath(path.parent / line["file_name"])
+                        file = str(line["file_name"]).replace("\\", "/")
+                        name = os.path.normpath(path.parent / file)
                         captions[name] = caption
         return captions
 
@@ -329,15 +332,14 @@ class ImageFolder(Dataset):
             return "metadata", table[name]
         path = Path(name)
         for beside in (str(path.with_suffix("")), name):       # a.txt or a.jpg.txt for a.jpg
-            if beside not in texts:
-                continue
-            self.unused.discard(beside)
-            try:
-                caption = read_text(self.root / texts[beside]).strip()
-                if caption:
-                    return "text files", caption
-            except (UnicodeError, OSError) as error:
-                self.log(f"{texts[beside]}: {error}")
+            for text in texts.get(beside, []):
+                self.unused.discard(text)
+                try:
+                    caption = read_text(self.root / text).strip()
+                    if caption:
+                        return "text files", caption
+                except (UnicodeError, OSError) as error:
+                    self.log(f"{text}: {error}")
         words = path.parent.name or path.stem
         source = "folder names" if path.parent.name else "file names"
         return source, words.replace("_", " ").replace("-", " ")
@@ -368,22 +370,26 @@ def first_text(values):
             value = first_text(value)
         if isinstance(value, dict):
             raise ValueError("a caption should be a text, not a table")
-        if value is not None and str(value).strip():
+        if value is not None and value == value and str(value).strip():    # NaN: none, too
             return str(value).strip()
     return None
 
 def can_open(path):
-    """Whether Pillow takes a file for a picture, whatever its name."""
-    try:
-        with Image.open(path):
-            return True
-    except Exception:
-        return False
+    """Whether open_picture takes a file for a picture, whatever its name."""
+    with contextlib.suppress(Exception), Image.open(path):
+        return True
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(4) == b"\x89PNG"            # Pillow may refuse it for its metadata alone
+    return False
 
 def read_text(path):
-    """A text file in UTF-8, UTF-16 or UTF-32 -> str. UnicodeError: in none of these."""
+    """A text file in UTF-8, or with a mark in UTF-16 or UTF-32 -> str. UnicodeError: another."""
     data = path.read_bytes()
-    return data.decode(json.detect_encoding(data))
+    encoding = json.detect_encoding(data)            # utf-16-le and the like are guesses
+    text = data.decode(encoding)
+    if encoding.endswith(("le", "be")) or re.search("[\0-\x08]", text):
+        raise UnicodeError("not in UTF-8, and without the mark of UTF-16 or UTF-32")
+    return text
 
 def describe_captions(data):
     """Two lines: where the captions of an ImageFolder come from, and three of them."""
@@ -654,7 +660,8 @@ class Training:
             name = flags[flag]
             if name not in ("None", "scratch") and Path(name).exists():
                 flags[flag] = str(Path(name).resolve())        # however it is spelt
-        return dict(flags, steps=self.steps)
+        data = flags.pop("data")                     # last: other flags change it
+        return dict(flags, steps=self.steps, data=data)
 
     def save(self, pipe, parts):
         """Write parts of the model, and last the state that --resume loads."""
