@@ -2,12 +2,14 @@
 
     python test_all.py                      all of them
     python test_all.py -k samplers          those with a word in their name
+    python test_all.py --bench              no tests: how fast is it here? (--compile: compiled)
 
 Tests check mathematics, or compare with what others wrote (diffusers, transformers, PyTorch). First
 come helpers and fixtures, then published formats, then the files in their reading order.
 """
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -21,7 +23,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +44,8 @@ from diffusers.loaders import single_file_utils
 from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from torch.distributions import Normal, kl_divergence
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import clip_encoder
 import landscapes
@@ -1995,5 +2001,200 @@ def test_readme_python_blocks_run(trained, tmp_path, monkeypatch):
     assert len(shown) >= 4 and all((HERE / name).exists() for name in shown)
     assert all((tmp_path / name).exists() for name in shown if "reconstructions" not in name)
 
+# ---- Benchmarks: python test_all.py --bench ------------------------------------------------------
+
+class Bench:
+    """Measures on one device. The rows of a table take turns, so that all meet the same noise."""
+
+    def __init__(self, device, dtype, turns=5, compile=False):
+        self.device, self.dtype, self.turns, self.compile = device, dtype, turns, compile
+        self.matrix = self.random(*[8192 if device.type == "cuda" else 2048] * 2).to(dtype)
+
+    def random(self, *shape):
+        return torch.randn(shape, device=self.device)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def ready(self, model):
+        """A model with random weights, to draw with."""
+        model = shake(model).to(self.device, self.dtype).requires_grad_(False)
+        if self.compile:
+            model.compile()
+        return model
+
+    def training_step(self, model, loss, optimizers=None):
+        """A step of train.py's: loss(model), its gradient, the optimizers, the EMA."""
+        model = model.to(self.device)
+        ema = deepcopy(model)
+        optimizers = optimizers or train.make_optimizers(model, fine_tune=False)
+        if self.compile:
+            model.compile()
+        def gradient():
+            with self.autocast():
+                value = loss(model)
+            value.backward()
+        def step():
+            gradient()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            update_ema(ema, model, 1000)
+        step.counted = gradient                                    # an optimizer's do not count
+        return step
+
+    def table(self, title, unit, rows):
+        """Time rows {name: (function, units of a call)}, one turn to warm up, and print the rates.
+
+        The share is that of a matrix product's rate, where PyTorch can count the operations.
+        """
+        works = {"product": lambda: [self.matrix @ self.matrix for _ in range(4)]}
+        works |= {name: function for name, (function, units) in rows.items()}
+        seconds = {name: [] for name in works}
+        for turn in range(self.turns + 1):
+            for name, work in works.items():
+                start = time.perf_counter()
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if turn > 0:
+                    seconds[name].append(time.perf_counter() - start)
+        peak = operations(works["product"]) / min(seconds["product"])
+        print(f"\n{title}: {unit}, median (least to most) of {self.turns} turns, and share of the "
+              f"{peak / 1e12:.3g} TFLOP/s of a matrix product")
+        for name, (work, units) in rows.items():
+            rates = units / np.array(seconds[name])
+            share = operations(getattr(work, "counted", work)) / np.median(seconds[name]) / peak
+            print(f"  {name:30} {np.median(rates):8.4g} ({rates.min():.4g} to {rates.max():.4g})"
+                  + (f" {share:.0%}" if share else ""), flush=True)
+
+def operations(work):
+    """The multiplications and additions in a call, as PyTorch counts them."""
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if not torch.cuda.is_available():
+        kernels = [SDPBackend.MATH]                                # it counts no others on a CPU
+    with sdpa_kernel(kernels), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+def denoise(bench, config, batch, side):
+    """A function of a U-Net, ours or theirs: the mean square of its output for a random batch."""
+    z, t = bench.random(batch, 4, side, side), torch.arange(batch, device=bench.device)
+    context = bench.random(batch, 77, config["cross_attention_dim"])
+    def loss(unet):
+        output = unet(z, t, context)
+        return getattr(output, "sample", output).square().mean()
+    return loss
+
+def bench_stages(bench, preset="tiny"):
+    """The three steps of the default run, with its batches."""
+    sizes = train.PRESETS[preset]
+    text = {**CLIPTextEncoder.DEFAULTS, **sizes["text"], "vocab_size": sizes["vocab_size"],
+            "max_position_embeddings": sizes["max_length"], "eos_token_id": 1}
+    x = bench.random(sizes["vae_batch"], 3, sizes["image_size"] // 2, sizes["image_size"] // 2)
+    pictures = bench.random(sizes["clip_batch"], 3, sizes["image_size"], sizes["image_size"])
+    ids = torch.randint(sizes["vocab_size"], (sizes["clip_batch"], sizes["max_length"]))
+    ids = ids.to(bench.device)
+    config = {**sizes["unet"], "cross_attention_dim": text["hidden_size"]}
+    bench.table("The default run", "samples a second", {
+        "VAE": (bench.training_step(VAE(**train.vae_config(preset, sizes["image_size"])),
+                lambda vae: vae_loss(vae, x)[0]), len(x)),
+        "CLIP": (bench.training_step(CLIP(text, sizes["vision"], sizes["projection_dim"]),
+                 lambda clip: contrastive_loss(*clip(pictures, ids), ids)[0]), len(ids)),
+        "U-Net": (bench.training_step(UNet(**config),
+                  denoise(bench, config, sizes["unet_batch"], 16)), sizes["unet_batch"])})
+
+def bench_training(bench, config, side, batches):
+    """A U-Net's training step with AdamW, ours beside diffusers'."""
+    ours, theirs = UNet.from_config(config), theirs_of("unet", config)
+    for batch in batches:
+        rows = {}
+        for name, model in {"nanoSD": ours, "diffusers": theirs}.items():
+            optimizers = [torch.optim.AdamW(model.parameters())]
+            loss = denoise(bench, config, batch, side)
+            rows[name] = bench.training_step(model, loss, optimizers), batch
+        bench.table(f"Training a U-Net {config['block_out_channels']}, {side}x{side}, {batch} at a "
+                    "time, AdamW", "samples a second", rows)
+
+def bench_drawing(bench, config, shapes):
+    """A guided step of a U-Net: ours, diffusers', OpenVINO's. First a check that all agree."""
+    ours, theirs = bench.ready(UNet.from_config(config)), bench.ready(theirs_of("unet", config))
+    theirs.load_state_dict(ours.state_dict())
+    compiled, limit = None, 1e-4 if bench.dtype == torch.float32 else 0.1
+    for side, batch in shapes:
+        context = bench.random(2 * batch, 77, config["cross_attention_dim"])
+        inputs = [x.to(bench.dtype) for x in (bench.random(2 * batch, 4, side, side), context)]
+        inputs.insert(1, torch.full((2 * batch,), 500, device=bench.device))
+        works = {"nanoSD": lambda: ours(*inputs), "diffusers": lambda: theirs(*inputs)[0]}
+        if importlib.util.find_spec("openvino") and bench.device.type == "cpu":
+            import openvino
+            if compiled is None:
+                model = openvino.convert_model(theirs, example_input=inputs)
+                compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+            works["OpenVINO"] = lambda: torch.from_numpy(compiled([x.numpy() for x in inputs])[0])
+        with torch.no_grad():
+            expected = works["nanoSD"]()
+            for name, work in works.items():
+                assert relative(work(), expected) < limit, f"{name} computes something else"
+            rows = {name: (work, 1) for name, work in works.items()}
+            bench.table(f"Drawing {batch} of {side}x{side}, guided, with a U-Net of "
+                        f"{config['block_out_channels']}", "steps a second", rows)
+
+def bench_growth(bench, folder, preset="tiny"):
+    """How the time of a picture grows with their number and size, that of a step with the width."""
+    pipe, rows = load_pipeline(folder, bench.device, bench.dtype), {}
+    size = pipe.unet.config["sample_size"] * pipe.vae.f
+    for count, times in [(1, 1), (4, 1), (16, 1), (1, 2), (1, 4)]:
+        name = f"{count} of {times * size}x{times * size}"
+        rows[name] = functools.partial(
+            generate, pipe, "a landscape", num_images=count, height=times * size,
+            width=times * size, progress=False), count
+    bench.table(f"Drawing with {folder}, 25 steps", "pictures a second", rows)
+    rows = {}
+    for factor in (1, 2, 4):
+        config = dict(train.PRESETS[preset]["unet"], cross_attention_dim=128)
+        config["block_out_channels"] = [factor * c for c in config["block_out_channels"]]
+        loss = denoise(bench, config, 8, 16)
+        unet = UNet(**config)
+        step = bench.training_step(unet, loss, [torch.optim.AdamW(unet.parameters())])
+        rows[str(config["block_out_channels"])] = step, 8
+    bench.table("Training the default U-Net, wider, 8 at a time, AdamW", "samples a second", rows)
+
+def run_benchmarks(bench):
+    """All tables. On a CPU the published U-Net is only drawn with: it would learn for minutes."""
+    torch.manual_seed(0)
+    gpu = bench.device.type == "cuda"
+    narrow = dict(
+        UNET_15, block_out_channels=[64, 128, 256],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
+    bench_stages(bench)
+    bench_training(bench, *(UNET_15, 64, [32, 64]) if gpu else (narrow, 16, [64]))
+    bench_drawing(bench, UNET_15, [(64, 1), (64, 16)] if gpu else [(32, 1), (64, 1)])
+    bench_growth(bench, HERE / "assets/model")
+
+def test_benchmarks_compare_and_count(small, capsys, monkeypatch):
+    bench = Bench(torch.device("cpu"), torch.float32, turns=2)
+    bench.matrix = bench.random(64, 64)
+    assert operations(lambda: bench.matrix @ bench.matrix) == 2 * 64**3
+    attention = functools.partial(F.scaled_dot_product_attention, *bench.random(3, 1, 2, 16, 8))
+    assert operations(attention) == 2 * 2 * 2 * 16 * 16 * 8
+    narrow = dict(UNET_15, **NARROW_1["unet"])
+    bench_stages(bench, "mini")
+    bench_training(bench, narrow, 8, [2])
+    bench_drawing(bench, narrow, [(8, 1), (16, 2)])
+    bench_growth(bench, small, "mini")
+    printed = capsys.readouterr().out
+    for row, count in {"VAE": 1, "CLIP": 1, "U-Net": 1, "nanoSD": 3, "diffusers": 3,
+                       "16 of 64x64": 1, "1 of 256x256": 1, "[64, 128]": 1}.items():
+        assert len(re.findall(rf"^  {re.escape(row)} +[0-9.]+ \(", printed, re.M)) == count, row
+    monkeypatch.setattr(UNet, "forward", lambda self, z, *_: z)
+    with pytest.raises(AssertionError, match="something else"):
+        bench_drawing(bench, narrow, [(8, 1)])
+
 if __name__ == "__main__":
+    if "--bench" in sys.argv:
+        run_benchmarks(Bench(*sample.pick_device(), compile="--compile" in sys.argv))
+        sys.exit()
     sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-W", "ignore", *sys.argv[1:]]))
