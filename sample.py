@@ -221,13 +221,15 @@ class WeightsUnpickler(pickle.Unpickler):
         asked = f"{module}.{name}"
         if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        if asked in FOR_WEIGHTS:               # in a shell: a pickle could set its attributes
+        if asked in FOR_WEIGHTS:
+            # A pickle can set attributes of what it gets: of a partial's, not of torch's function.
             return functools.partial(super().find_class(module, name))
         if asked in BOOKKEEPING:
             return type(name, (Inert,), {})
         raise pickle.UnpicklingError(f"it asks for {asked}")
 
-# What torch.compile and DataParallel put before the names of a model that they wrap.
+# What torch.compile, DataParallel and the like put before names in a model that they wrap: at the
+# start, or after a dot.
 WRAPPERS = r"(?<![^.])(module|_orig_mod|_(fsdp|checkpoint)_wrapped_module)\."
 
 def read_weights(path):
@@ -254,11 +256,11 @@ def read_weights(path):
 
 def read_pickle(file):
     """What torch.save wrote, without running code. UnpicklingError names what else it asks for."""
-    try:
+    try:                                       # this also refuses TorchScript and tar archives
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:             # bookkeeping, or a pickle protocol above 2
         file.seek(0)
-    safe = SimpleNamespace(
+    safe = SimpleNamespace(                    # what torch.load uses of the module pickle
         __name__="safe",
         Unpickler=WeightsUnpickler,
         load=lambda file, **settings: WeightsUnpickler(file, **settings).load(),
@@ -611,7 +613,7 @@ def check_arguments(pipe, steps, num_images, guidance, strength, seed, sampler):
     check_range("guidance", guidance, -100, 1000, Real)
     check_range("strength", strength, 0.001, 1, Real)
     check_range("seed", seed, 0, 2**60)
-    if sampler not in list(SAMPLERS):
+    if sampler not in list(SAMPLERS):                          # a list takes what has no hash, too
         raise ValueError(f"sampler {sampler!r} is not one of {', '.join(SAMPLERS)}")
 
 def check_latents(latents, shape):
@@ -867,8 +869,9 @@ def save_pipeline(pipe, folder, parts=PARTS):
 def run_command(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""
     warnings.filterwarnings("ignore", "Detected pickle protocol")      # torch's, no help to users
-    for stream in filter(None, (sys.stdout, sys.stderr)):      # on any console: show any name
-        stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:                                 # None: closed
+            stream.reconfigure(errors="backslashreplace")      # on any console: show any name
     status = 1
     try:
         return main(args)

@@ -961,6 +961,7 @@ def test_generate_takes_what_python_users_bring(small, tmp_path, capsys):
 
 def test_loading_and_drawing_leave_the_process_as_it_was_also_in_threads(small, tmp_path):
     pipe, before = load_pipeline(small), torch.get_rng_state()
+    safe = set(torch.serialization.get_safe_globals())
     texts = ["fog " * k for k in range(40)]
     expected = tokenize(pipe.tokenizer, texts)
     write_single_file(single_file_state(small), tmp_path / "m.ckpt", "nested")
@@ -982,6 +983,7 @@ def test_loading_and_drawing_leave_the_process_as_it_was_also_in_threads(small, 
     finally:
         torch.set_default_dtype(torch.float32)
     assert decibel(again, drawn) > 80 and torch.equal(torch.get_rng_state(), before)
+    assert set(torch.serialization.get_safe_globals()) == safe
 
 @pytest.mark.parametrize("dtype, least", [(torch.bfloat16, 28), (torch.float16, 40)])
 def test_half_precision_draws_nearly_the_same(small, dtype, least):
@@ -1070,6 +1072,7 @@ def test_single_file_configs_are_the_published_ones(kind):
 
 @pytest.mark.parametrize("remove, add, size, words", [
     ("first_stage_model.decoder.up.1.block.0.conv1", "", (), "decoder.up_blocks.2.resnets.0.conv1"),
+    ("x", "first_stage_model.quant_conv.bias", 5, r"\s*size mismatch for quant_conv.bias"),
     ("cond_stage_model", "", (), "text_encoder"),
     ("x", "model.diffusion_model.label_emb.0.0.weight", 5, "label_emb.0.0.weight has no place"),
     ("model.diffusion_model", "", (), "model.diffusion_model")])
@@ -1135,6 +1138,7 @@ def test_folder_with_fewer_text_layers_than_weights_is_clip_skip(small, tmp_path
 @pytest.mark.parametrize("file, content, words", [                 # None: not there
     ("unet", None, "holds no unet"), (f"vae/{WEIGHTS}", None, "vae: no weights"),
     ("vae/config.json", "{", "vae.config.json"), (f"unet/{WEIGHTS}", "x" * 99, f"unet.{WEIGHTS}"),
+    ("unet/config.json", dict(layers_per_block=2), r"unet.*\s*size mismatch"),
     ("unet/config.json", dict(in_channels=5), r"unet.*\s*size mismatch for conv_in.weight"),
     ("text_encoder/config.json", dict(hidden_act="relu"), "text_encoder.*hidden_act"),
     ("scheduler/scheduler_config.json", dict(beta_schedule="x"), "scheduler.*beta_schedule"),
@@ -1219,8 +1223,10 @@ def test_open_picture_reads_every_kind(tmp_path):
             ("layer.png", layer, (255, 0, 0), (255, 255, 255)),
             ("clear.png", layer.quantize(), (255, 0, 0), (255, 255, 255)),     # palette with alpha
             ("float.tiff", Image.fromarray(np.float32(half)), (255, 255, 255), (64, 64, 64)),
+            ("int.tiff", Image.fromarray(np.int32(half * 200)), (200, 200, 200), (50, 50, 50)),
             ("bits.tiff", Image.fromarray(np.int32(half * 4095)), (255, 255, 255), (64, 64, 64)),
             ("long.tiff", Image.fromarray(np.int32(half * 2e9)), (255, 255, 255), (64, 64, 64)),
+            ("one.tiff", Image.fromarray(np.float32(half * 1.01)), (255, 255, 255), (64, 64, 64)),
             ("over.tiff", Image.fromarray(np.float32(half * 257)), (255, 255, 255), (64, 64, 64)),
             ("deep.png", deep, (156, 156, 156), (156, 156, 156))):
         picture.save(tmp_path / name)
@@ -2008,7 +2014,8 @@ class Bench:
 
     def __init__(self, device, dtype, turns=5, compile=False):
         self.device, self.dtype, self.turns, self.compile = device, dtype, turns, compile
-        self.matrix = self.random(*[8192 if device.type == "cuda" else 2048] * 2).to(dtype)
+        side = 8192 if device.type == "cuda" else 2048
+        self.matrix = self.random(side, side).to(dtype)
 
     def random(self, *shape):
         return torch.randn(shape, device=self.device)
@@ -2078,12 +2085,16 @@ def operations(work):
         work()
     return counter.get_total_flops()
 
+def unet_inputs(bench, config, batch, side):
+    """Random z_t, t and context."""
+    z_t, t = bench.random(batch, 4, side, side), torch.arange(batch, device=bench.device)
+    return z_t, t, bench.random(batch, 77, config["cross_attention_dim"])
+
 def denoise(bench, config, batch, side):
     """A function of a U-Net, ours or theirs: the mean square of its output for a random batch."""
-    z, t = bench.random(batch, 4, side, side), torch.arange(batch, device=bench.device)
-    context = bench.random(batch, 77, config["cross_attention_dim"])
+    inputs = unet_inputs(bench, config, batch, side)
     def loss(unet):
-        output = unet(z, t, context)
+        output = unet(*inputs)
         return getattr(output, "sample", output).square().mean()
     return loss
 
@@ -2121,17 +2132,18 @@ def bench_drawing(bench, config, shapes):
     """A guided step of a U-Net: ours, diffusers', OpenVINO's. First a check that all agree."""
     ours, theirs = bench.ready(UNet.from_config(config)), bench.ready(theirs_of("unet", config))
     theirs.load_state_dict(ours.state_dict())
-    compiled, limit = None, 1e-4 if bench.dtype == torch.float32 else 0.1
+    limit = 1e-4 if bench.dtype == torch.float32 else 0.1
+    compiled = None
+    if importlib.util.find_spec("openvino") and bench.device.type == "cpu":
+        import openvino
+        example = unet_inputs(bench, config, 2, 8)
+        converted = openvino.convert_model(theirs, example_input=example)
+        compiled = openvino.compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     for side, batch in shapes:
-        context = bench.random(2 * batch, 77, config["cross_attention_dim"])
-        inputs = [x.to(bench.dtype) for x in (bench.random(2 * batch, 4, side, side), context)]
-        inputs.insert(1, torch.full((2 * batch,), 500, device=bench.device))
+        z_t, t, context = unet_inputs(bench, config, 2 * batch, side)
+        inputs = z_t.to(bench.dtype), t, context.to(bench.dtype)
         works = {"nanoSD": lambda: ours(*inputs), "diffusers": lambda: theirs(*inputs)[0]}
-        if importlib.util.find_spec("openvino") and bench.device.type == "cpu":
-            import openvino
-            if compiled is None:
-                model = openvino.convert_model(theirs, example_input=inputs)
-                compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        if compiled:
             works["OpenVINO"] = lambda: torch.from_numpy(compiled([x.numpy() for x in inputs])[0])
         with torch.no_grad():
             expected = works["nanoSD"]()
@@ -2164,14 +2176,17 @@ def bench_growth(bench, folder, preset="tiny"):
 def run_benchmarks(bench):
     """All tables. On a CPU the published U-Net is only drawn with: it would learn for minutes."""
     torch.manual_seed(0)
-    gpu = bench.device.type == "cuda"
     narrow = dict(
         UNET_15, block_out_channels=[64, 128, 256],
         down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"])
     bench_stages(bench)
-    bench_training(bench, *(UNET_15, 64, [32, 64]) if gpu else (narrow, 16, [64]))
-    bench_drawing(bench, UNET_15, [(64, 1), (64, 16)] if gpu else [(32, 1), (64, 1)])
+    if bench.device.type == "cuda":
+        bench_training(bench, UNET_15, 64, batches=[32, 64])
+        bench_drawing(bench, UNET_15, shapes=[(64, 1), (64, 16)])
+    else:
+        bench_training(bench, narrow, 16, batches=[64])
+        bench_drawing(bench, UNET_15, shapes=[(32, 1), (64, 1)])
     bench_growth(bench, HERE / "assets/model")
 
 def test_benchmarks_compare_and_count(small, capsys, monkeypatch):

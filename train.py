@@ -370,7 +370,9 @@ def first_text(values):
             value = first_text(value)
         if isinstance(value, dict):
             raise ValueError("a caption should be a text, not a table")
-        if value is not None and value == value and str(value).strip():    # NaN: none, too
+        if value is None or value != value:          # null, NaN
+            continue
+        if str(value).strip():
             return str(value).strip()
     return None
 
@@ -387,7 +389,8 @@ def read_text(path):
     data = path.read_bytes()
     encoding = json.detect_encoding(data)            # utf-16-le and the like are guesses
     text = data.decode(encoding)
-    if encoding.endswith(("le", "be")) or re.search("[\0-\x08]", text):
+    strange = re.search("[\0-\x08]", text)           # as where UTF-16 is read as UTF-8
+    if strange or encoding.endswith(("le", "be")):
         raise UnicodeError("not in UTF-8, and without the mark of UTF-16 or UTF-32")
     return text
 
