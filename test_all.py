@@ -1357,6 +1357,19 @@ def test_cli_help_needs_no_torch_and_threads_sleep(tmp_path, script, argument, g
     done = python(script.__file__, argument, cwd=tmp_path, **env)
     assert (done.stdout + done.stderr).startswith(wanted)
 
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc is another one")
+def test_cli_keeps_freed_memory_for_the_next_tensor(tmp_path):
+    (tmp_path / "count.py").write_text(
+        "import resource, torch, sample\n"
+        "def new_pages():\n"
+        "    start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    for _ in range(8):\n"
+        "        torch.ones(2**24)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start\n"
+        "sample.run_command(lambda args: print(new_pages()), None)\n")
+    pages = int(python("count.py", cwd=tmp_path, PYTHONPATH=str(HERE)).stdout)
+    assert pages < 2 * 2**26 / resource.getpagesize()              # those of the first tensor alone
+
 # ---- data/landscapes.py --------------------------------------------------------------------------
 
 def test_landscapes_same_index_is_the_same_scene_at_any_count_workers_and_size(tmp_path, pictures):
@@ -2131,7 +2144,7 @@ def bench_training(bench, config, side, batches):
 def bench_drawing(bench, config, shapes):
     """A guided step of a U-Net: ours, diffusers', OpenVINO's. First a check that all agree."""
     ours, theirs = bench.ready(UNet.from_config(config)), bench.ready(theirs_of("unet", config))
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict(ours.state_dict(), assign=True)         # one copy: memory is slow
     limit = 1e-4 if bench.dtype == torch.float32 else 0.1
     compiled = None
     if importlib.util.find_spec("openvino") and bench.device.type == "cpu":
@@ -2212,6 +2225,7 @@ def test_benchmarks_compare_and_count(small, capsys, monkeypatch):
 
 if __name__ == "__main__":
     if "--bench" in sys.argv:
+        sample.keep_memory()
         run_benchmarks(Bench(*sample.pick_device(), compile="--compile" in sys.argv))
         sys.exit()
     sys.exit(pytest.main([__file__, "-q", "-p", "no:cacheprovider", "-W", "ignore", *sys.argv[1:]]))

@@ -63,26 +63,6 @@ class TimestepEmbedding(nn.Module):
 
 # ---- Residual block, down- and upsampling. `config` is that of the UNet below --------------------
 
-class Conv(nn.Conv2d):
-    """A 3x3 convolution with stride 1 and padding 1: (B, Cin, h, w) -> (B, Cout, h, w).
-
-    The same result as nn.Conv2d's; skip it on a first reading. In inference on a CPU, few pixels of
-    many channels go through one matrix product, because PyTorch's convolution reorders its weights
-    at every call, which takes longest just there.
-    """
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x):
-        B, _, h, w = x.shape
-        few_pixels = 2 * B * h * w <= self.out_channels            # found by timing
-        if torch.is_grad_enabled() or x.device.type != "cpu" or not few_pixels:
-            return super().forward(x)
-        patches = F.unfold(x, 3, padding=1)                        # (B, 9*C, h*w): each pixel's
-        y = self.weight.flatten(1) @ patches                       # (B, Cout, h*w)   neighbours
-        return y.view(B, -1, h, w) + self.bias[:, None, None]
-
 class ResnetBlock(nn.Module):
     """x + f(x); f is twice normalize, SiLU, 3x3 convolution. The time is added in between.
 
@@ -94,10 +74,10 @@ class ResnetBlock(nn.Module):
         groups, eps = config["norm_num_groups"], config["norm_eps"]
         temb_channels = 4 * config["block_out_channels"][0]
         self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)    # 1e-5; in the VAE it is 1e-6
-        self.conv1 = Conv(in_channels, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(temb_channels, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
-        self.conv2 = Conv(out_channels, out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.conv_shortcut = None
         if in_channels != out_channels:
             self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1)
@@ -126,7 +106,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv = Conv(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, size):
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
