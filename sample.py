@@ -868,16 +868,16 @@ def save_pipeline(pipe, folder, parts=PARTS):
 # ---- The command line ----------------------------------------------------------------------------
 
 def keep_memory():
-    """On Linux, keep freed memory for the next tensor, which makes some steps 1.2 times as fast.
+    """On Linux, keep freed memory for the next tensor: a VAE then trains 1.2 times as fast.
 
-    Otherwise malloc gives large blocks back at once, and the system has to clear new pages. It still
-    does so for blocks above 128 MB. To keep those too would need much more memory.
+    Otherwise malloc gives large blocks back at once, and the system has to clear pages for the next
+    one. Blocks above 128 MB are still given back, since to keep them takes much more memory.
+    Returns whether the C library agrees. Not all have mallopt, and old ones refuse the first call.
     """
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError):              # not in every C library
-            libc = ctypes.CDLL(None)
-            if libc.mallopt(-3, 2**27):                        # M_MMAP_THRESHOLD, not refused
-                libc.mallopt(-1, 2**29)                        # M_TRIM_THRESHOLD
+        with contextlib.suppress(AttributeError):
+            mallopt = ctypes.CDLL(None).mallopt
+            return mallopt(-3, 2**27) and mallopt(-1, 2**29)   # M_MMAP_ and M_TRIM_THRESHOLD
 
 def run_command(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""

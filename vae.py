@@ -325,7 +325,7 @@ class VAE(nn.Module):
 
 # ---- The loss ------------------------------------------------------------------------------------
 
-def vae_loss(vae, x, noise=None, beta=1.44e-3):
+def vae_loss(vae, x, noise=None, kl_weight=1.44e-3):
     """The negative ELBO of pictures x (B, 3, H, W), up to scale and constants -> (loss, mse, kl).
 
     We want to maximize log p(x), but that needs an integral over every z. For any q, Jensen's
@@ -336,9 +336,9 @@ def vae_loss(vae, x, noise=None, beta=1.44e-3):
     First term: redraw the picture from its latents. With p(x|z) = N(x; decode(z), s^2 I) it is
     -|x - x'|^2 / (2 s^2) plus a constant. Second term: keep q near the prior p(z) = N(0, I).
     Multiply -ELBO by 2 s^2 and divide by the number of pixel values: the mean squared error, plus
-    beta = 2 s^2 times the KL per pixel value. s says how far off a redrawn pixel may be: here 0.027,
-    or 3.4 of 256 levels. A larger beta makes latents smoother and pictures blurrier (Higgins et al.
-    2017).
+    kl_weight = 2 s^2 times the KL per pixel value. s is the standard deviation that we assume for
+    the error of a pixel: here 0.027, or 3.4 of 256 levels. A larger one makes latents smoother and
+    pictures blurrier.
 
     noise (B, Z, h, w) is that of z = mean + sigma * noise, drawn if None. kl is in nats per latent
     number. The published VAE adds a perceptual and an adversarial loss (Esser et al. 2021), which
@@ -347,7 +347,7 @@ def vae_loss(vae, x, noise=None, beta=1.44e-3):
     x_rec, q = vae(x, noise)
     mse = F.mse_loss(x_rec.float(), x.float())
     kl = q.kl().mean() / q.mean[0].numel()
-    weight = beta * q.mean.numel() / x.numel()                 # beta / 48 in the published VAE
+    weight = kl_weight * q.mean.numel() / x.numel()            # where f = 8: kl_weight / 48
     return mse + weight * kl, mse, kl
 
 # ---- Published weights ---------------------------------------------------------------------------
