@@ -877,7 +877,8 @@ def keep_memory():
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             mallopt = ctypes.CDLL(None).mallopt
-            return mallopt(-3, 2**27) and mallopt(-1, 2**29)   # M_MMAP_ and M_TRIM_THRESHOLD
+            trim_threshold, mmap_threshold = -1, -3            # as in malloc.h
+            return mallopt(mmap_threshold, 2**27) and mallopt(trim_threshold, 2**29)
 
 def run_command(main, args):
     """main(args) as a command. An error ends in one line on stderr; bad input with status 2."""

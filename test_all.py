@@ -2141,7 +2141,7 @@ def bench_training(bench, config, side, batches):
 def bench_drawing(bench, config, shapes):
     """A guided step of a U-Net: ours, diffusers', OpenVINO's. First a check that all agree."""
     ours, theirs = bench.ready(UNet.from_config(config)), bench.ready(theirs_of("unet", config))
-    theirs.load_state_dict(ours.state_dict(), assign=True)         # one copy: memory is slow
+    theirs.load_state_dict(ours.state_dict(), assign=True)         # one copy, as where one runs
     limit = 1e-4 if bench.dtype == torch.float32 else 0.1
     compiled = None
     if importlib.util.find_spec("openvino") and bench.device.type == "cpu":
