@@ -11,7 +11,7 @@ Each stage learns in one loop, with the stages before it frozen.
     clip    pictures and captions -> one space                  contrastive_loss in clip_encoder.py
     unet    noisy latents, the time, a caption -> eps or v      diffusion_loss in ddpm.py
 
-The default takes about 19 minutes on two CPU cores. Look at OUT/samples/ rather than at the loss.
+The default takes about 16 minutes on two CPU cores. Look at OUT/samples/ rather than at the loss.
 OUT is a model that sample.py and diffusers read; OUT/train_state is what --resume goes on from.
 Under torchrun each process takes its share of every batch, DistributedDataParallel averages the
 gradients, the CLIP compares the shares of all (gather), and process 0 writes the files.
