@@ -1448,8 +1448,10 @@ def test_landscapes_are_drawn_first_where_they_are_missing(tmp_path, monkeypatch
         "(folder / 'a.ppm').write_bytes(b'P6 1 1 255 abc')\n(folder / 'metadata.jsonl').touch()\n")
     monkeypatch.setattr(train, "LANDSCAPES", tmp_path / "landscapes")
     monkeypatch.setattr(sys, "argv", ["train.py", "--image-size", "16"])
+    args = train.parse_args()
     for _ in range(2):
-        assert [len(data) for data in train.open_data(train.parse_args())] == [1, 1]
+        assert [len(data) for data in train.open_data(args)] == [1, 1]
+    assert train.load_frozen(["vae"], args).guidance == 3          # 7.5 for other pictures
 
 # ---- train.py: pictures and captions of any folder -----------------------------------------------
 
@@ -1855,9 +1857,9 @@ def test_whole_path_train_then_eval_sample_and_diffusers(trained, tmp_path, pict
     assert done.returncode == 0 and Image.open(tmp_path / "out.png").size == (32, 32)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(trained)
-    expected = theirs("dunes at night", latents=latents, num_inference_steps=5, guidance_scale=3.0)
+    expected = theirs("dunes at night", latents=latents, num_inference_steps=5, guidance_scale=7.5)
     pipe, data = load_pipeline(trained), ImageFolder(pictures, 32)
-    ours = draw(pipe, "dunes at night", steps=5, sampler="ddim", latents=latents)  # guidance: its 3
+    ours = draw(pipe, "dunes at night", steps=5, sampler="ddim", latents=latents)  # its 7.5
     assert decibel(ours, expected.images) > 45 and pixels(ours[0]).std() > 2
     q = pipe.vae.encode(torch.stack([x for x, _ in data]))
     z = pipe.vae.scaling_factor * q.sample(torch.Generator().manual_seed(0))
