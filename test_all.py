@@ -1896,16 +1896,16 @@ def test_training_vae_clip_and_unet_learn_and_follow_the_prompt(tmp_path, learn,
         for k in range(8):
             save_picture(tmp_path / "data" / name / f"{k}.png", colors[name], (16, 16))
     out = tmp_path / "out"
-    for stage, steps in (("vae", 80), ("clip", 25), ("unet", 100)):
-        learn(stage, out, f"--data {tmp_path / 'data'} --image-size 16 --batch-size 12 --lr 0.01 "
+    for stage, steps in (("vae", 60), ("clip", 25), ("unet", 150)):
+        learn(stage, out, f"--data {tmp_path / 'data'} --image-size 16 --batch-size 24 --lr 0.01 "
                           f"--steps {steps} --dtype bfloat16 --compile")
     assert compiled == [VAE, CLIP, UNet]
     logs = [(out / f"log-{stage}.jsonl").read_text().splitlines()[-1] for stage in STEPS]
     vae_log, clip_log, unet_log = map(json.loads, logs)
     assert vae_log["mse"] < 0.03 and clip_log["accuracy"] > 0.9 and unet_log["loss"] < 0.5
-    drawn = draw(load_pipeline(out), list(colors), steps=10, guidance=2.0)
+    drawn = draw(load_pipeline(out), list(colors), steps=10, guidance=2.0, num_images=4)
     x = torch.cat([picture_to_tensor(picture, 16, 16) for picture in drawn])
-    assert x.mean(dim=(2, 3)).argmax(dim=1).tolist() == [0, 1, 2]
+    assert (x.mean(dim=(2, 3)).argmax(dim=1) == torch.arange(12) // 4).sum() >= 9  # chance: 4
 
 def test_eval_retrieval_counts_pictures_that_find_their_own_caption():
     # Pictures (rows) prefer captions 0, 1, 0, 3. Captions (columns) prefer pictures 0, 0, 2, 0.
