@@ -178,6 +178,8 @@ def parse_args():
                 p.error(f"argument {flag}: {value} should be above 0, and below 1e9")
     if args.image_size and args.image_size % 16:
         p.error(f"argument --image-size: {args.image_size} is not a multiple of 16")
+    if Path(args.data).resolve() == LANDSCAPES:
+        args.data = LANDSCAPES        # however it is spelt
     args.out = Path(args.out)
     return args
 
