@@ -953,22 +953,31 @@ def test_generate_takes_what_python_users_bring(small, tmp_path, capsys):
         with pytest.raises(ValueError, match=name):
             draw(pipe, **{name: value})
 
-def test_loading_and_drawing_leave_the_process_as_it_was(small, tmp_path):
-    write_single_file(single_file_state(load_pipeline(small)), tmp_path / "m.ckpt", "nested")
-    before, safe = torch.get_rng_state(), set(torch.serialization.get_safe_globals())
-    sample.read_weights(tmp_path / "m.ckpt")
-    draw(load_pipeline(small))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert set(torch.serialization.get_safe_globals()) == safe
+def test_loading_and_drawing_leave_the_process_as_it_was_also_in_threads(small, tmp_path):
+    pipe, before = load_pipeline(small), torch.get_rng_state()
+    safe = set(torch.serialization.get_safe_globals())
+    texts = ["fog " * k for k in range(40)]
+    expected = tokenize(load_pipeline(small).tokenizer, texts)     # pipe's is not used yet
+    write_single_file(single_file_state(pipe), tmp_path / "m.ckpt", "nested")
+    torch.save(np.float64(1), tmp_path / "lr.pt")
 
-def test_tokenizer_may_be_used_by_several_threads(small):
-    pipe, texts = load_pipeline(small), ["fog " * k for k in range(40)]
-    expected = tokenize(load_pipeline(small).tokenizer, texts)
     def work(k):
-        sample.check_length(pipe, texts[:9])                       # uses it in another way
+        sample.read_weights(tmp_path / "m.ckpt")
+        with pytest.raises(pickle.UnpicklingError):                # torch's own list is as it was
+            torch.load(tmp_path / "lr.pt", weights_only=True)
+        sample.check_length(pipe, texts[:9])
         return torch.equal(tokenize(pipe.tokenizer, texts[k:]), expected[k:])
+
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, [k % 40 for k in range(80)]))
+    drawn = draw(pipe)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = draw(load_pipeline(small))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert decibel(again, drawn) > 80 and torch.equal(torch.get_rng_state(), before)
+    assert set(torch.serialization.get_safe_globals()) == safe
 
 @pytest.mark.parametrize("dtype, least", [(torch.bfloat16, 28), (torch.float16, 40)])
 def test_half_precision_draws_nearly_the_same(small, dtype, least):
@@ -995,7 +1004,7 @@ def test_saved_pipeline_is_the_same_model_and_its_files_are_readable_by_others(t
     assert same_weights(again, pipe)
     assert again.guidance == 3.5 and again.vae.scaling_factor == 0.7
     assert again.schedule.to_config() == pipe.schedule.to_config()
-    assert decibel(draw(again), draw(pipe, guidance=3.5, height=20, width=20)) > 60
+    assert decibel(draw(again), draw(pipe, guidance=3.5, height=20, width=20)) > 80
     theirs = transformers.CLIPTextModel.from_pretrained(tmp_path / "a/text_encoder")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(tmp_path / "a/tokenizer")
     ids = tokenizer(["a red house"], padding="max_length", return_tensors="pt").input_ids
@@ -1058,6 +1067,7 @@ def test_single_file_configs_are_the_published_ones(kind):
 @pytest.mark.parametrize("remove, add, size, words", [
     ("first_stage_model.decoder.up.1.block.0.conv1", "", (), "decoder.up_blocks.2.resnets.0.conv1"),
     ("x", "first_stage_model.quant_conv.bias", 5, r"\s*size mismatch for quant_conv.bias"),
+    ("cond_stage_model", "", (), "text_encoder"),
     ("x", "model.diffusion_model.label_emb.0.0.weight", 5, "label_emb.0.0.weight has no place"),
     ("model.diffusion_model", "", (), "model.diffusion_model")])
 def test_single_file_that_does_not_fit_is_an_error_that_names_it(
@@ -1149,7 +1159,8 @@ def test_hub_is_asked_for_exactly_the_files_that_are_needed(small, tmp_path, hub
     (repository / "vae" / WEIGHTS).rename(repository / "vae" / half)
     (repository / "safety_checker").mkdir()
     for stray in ("v1-5-pruned.ckpt", "model.safetensors", "safety_checker/model.safetensors",
-                  "safety_checker/config.json", f"unet/{half}", "unet/diffusion_pytorch_model.bin"):
+                  "safety_checker/config.json", "README.md", "unet/diffusion_flax_model.msgpack",
+                  f"unet/{half}", "unet/diffusion_pytorch_model.bin"):
         (repository / stray).write_text("gigabytes")
     hub.repositories["stable-diffusion-v1-5/stable-diffusion-v1-5"] = repository
     ours = load_pipeline("runwayml/stable-diffusion-v1-5")         # where it was once
@@ -1183,6 +1194,7 @@ def test_tokenizer_that_does_not_fit_is_refused_or_limited(small, tmp_path):
     captions = [a + b for a in "abcdefghijklm" for b in "nopqrstuvwxyz"]
     many = train_tokenizer(captions, 600, 77)
     many.save_pretrained(tmp_path / "many")
+    assert len(many) == 600
     with pytest.raises(ValueError, match="many: no usable CLIP tokenizer: .* knows"):
         load_pipeline(small, tokenizer=tmp_path / "many")
     (tmp_path / "few").mkdir()
@@ -1207,6 +1219,8 @@ def test_open_picture_reads_every_kind(tmp_path):
             ("int.tiff", Image.fromarray(np.int32(half * 200)), (200, 200, 200), (50, 50, 50)),
             ("bits.tiff", Image.fromarray(np.int32(half * 4095)), (255, 255, 255), (64, 64, 64)),
             ("long.tiff", Image.fromarray(np.int32(half * 2e9)), (255, 255, 255), (64, 64, 64)),
+            ("one.tiff", Image.fromarray(np.float32(half * 1.01)), (255, 255, 255), (64, 64, 64)),
+            ("over.tiff", Image.fromarray(np.float32(half * 257)), (255, 255, 255), (64, 64, 64)),
             ("deep.png", deep, (156, 156, 156), (156, 156, 156))):
         picture.save(tmp_path / name)
         opened = sample.open_picture(tmp_path / name)
@@ -1347,7 +1361,7 @@ def test_cli_keeps_freed_memory_for_the_next_tensor():
         new_pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - start
         print(new_pages * resource.getpagesize(), sample.keep_memory())""", cwd=HERE)
     new_bytes, agrees = done.stdout.split()
-    assert int(new_bytes) < 2**28 or agrees != b"1"    # of 2**29; or the C library refuses it
+    assert int(new_bytes) < 2**27 or agrees != b"1"    # two tensors; or the C library refuses it
 
 # ---- data/landscapes.py --------------------------------------------------------------------------
 
@@ -2134,7 +2148,7 @@ def bench_training(bench, config, side, batches):
 def bench_drawing(bench, config, shapes):
     """A guided step of a U-Net: ours, diffusers', OpenVINO's. First a check that all agree."""
     ours, theirs = bench.ready(UNet.from_config(config)), bench.ready(theirs_of("unet", config))
-    theirs.load_state_dict(ours.state_dict(), assign=True)         # one copy, as where one runs
+    theirs.load_state_dict(ours.state_dict(), assign=True)         # one copy, as if alone
     limit = 1e-4 if bench.dtype == torch.float32 else 0.1
     compiled = None
     if importlib.util.find_spec("openvino") and bench.device.type == "cpu":
@@ -2159,8 +2173,8 @@ def bench_drawing(bench, config, shapes):
 def bench_stable_diffusion_cpp(bench, pipe, sides, steps=6):
     """A guided step of stable-diffusion.cpp with the weights of pipe, and ours in turn.
 
-    It calls a function before its first step and after each. Ours is made there, and the time from
-    there to the next call is its own.
+    It reports progress before its first step and after each. Our step runs inside that report, so
+    the time from the end of one report to the start of the next is a step of stable-diffusion.cpp.
     """
     from cyllama.sd.stable_diffusion import SDContext, SDContextParams, set_progress_callback
     state = single_file_state(pipe)

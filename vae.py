@@ -337,7 +337,7 @@ def vae_loss(vae, x, noise=None, kl_weight=1.44e-3):
     -|x - x'|^2 / (2 s^2) plus a constant. Second term: keep q near the prior p(z) = N(0, I).
     Multiply -ELBO by 2 s^2 and divide by the number of pixel values: the mean squared error, plus
     kl_weight = 2 s^2 times the KL per pixel value. s is the standard deviation that we assume for
-    the error of a pixel: here 0.027, or 3.4 of 256 levels. A larger one makes latents smoother and
+    the error of a pixel: here 0.027, or 3.4 of 256 levels. A larger s makes latents smoother and
     pictures blurrier.
 
     noise (B, Z, h, w) is that of z = mean + sigma * noise, drawn if None. kl is in nats per latent
